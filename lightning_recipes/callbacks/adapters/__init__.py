@@ -1,0 +1,1 @@
+"""Recipes that adapt a frozen network by small added parameters."""

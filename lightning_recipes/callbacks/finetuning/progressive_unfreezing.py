@@ -1,0 +1,313 @@
+"""Progressive unfreezing with discriminative learning rates.
+
+Goedicke-Fritz, Bous, Engel et al., "Site-Level Fine-Tuning with Progressive Layer Freezing", 2025
+(https://arxiv.org/abs/2507.12269; code https://github.com/phflot/bpdneo-cxr, commit 2569116), whose official procedure is
+progressive UNfreezing; the same callback serves Isong, "Building Efficient Lightweight CNN Models", 2025
+(https://arxiv.org/abs/2501.15547) and ULMFiT's gradual unfreezing.
+
+With the groups of a network from the head (0) down, E epochs, and times t_0 <= t_1 <= ...:
+
+    group g trains from the start of epoch floor(t_g E) on;  rate of group g = s_g x rate of its optimizer group.
+
+A group that sleeps takes no part in the backward pass, has no gradient and no optimizer state, and is not decayed; its
+rate follows the schedule all the same. Costs nothing; saves the backward pass below the lowest group awake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_recipes.core import select
+from lightning_recipes.core.diagnostics import log_values
+from lightning_recipes.core.distributed import from_rank_zero
+from lightning_recipes.core.parameters import Claim, batch_norms
+from lightning_recipes.core.prepare import Plan
+from lightning_recipes.core.recipe import Paper, Recipe, RecipeError, check_argument
+from lightning_recipes.core.schedule import At, EveryN, Plateau
+
+
+def awake(times: Sequence[float], now: float) -> int:
+    """How many groups train at a time: those whose own time has come.
+
+    Args:
+        times: non-decreasing, one a group, in the unit of `now`.
+        now: epochs or optimizer steps done.
+    """
+    return sum(time <= now for time in times)
+
+
+def group_scales(lr_scale: Sequence[float] | float | None, count: int) -> list[float]:
+    """The factor on the rate of each group, the head first: given, or a constant ratio from group to group.
+
+    Raises:
+        RecipeError: when there is not one factor a group.
+    """
+    if lr_scale is None:
+        return [1.0] * count
+    if isinstance(lr_scale, (int, float)):
+        return [float(lr_scale) ** depth for depth in range(count)]
+    if len(lr_scale) != count:
+        raise RecipeError(
+            f"lr_scale has {len(lr_scale)} factors for {count} groups; give one a group, or one number that is applied"
+            " again for every group further down (1/2.6 is ULMFiT's)"
+        )
+    return [float(scale) for scale in lr_scale]
+
+
+class ProgressiveUnfreezing(Recipe):
+    """Train the head first, then one group of layers more at a time, each deeper one at a smaller rate.
+
+    Args:
+        groups: 'auto' cuts the network into head and layers (timm, torchvision, Hugging Face, Sequential and plain
+            modules); or the groups from the head down, each a module path, parameter name or `*` pattern, or a list of
+            them. 'head' finds the head.
+        at: when each group starts to train: an int is an epoch, a float a fraction of ``max_epochs`` (rounded down);
+            or ``At`` (also in steps), ``EveryN`` or ``Plateau`` (the next group when a metric stalls). With 'auto',
+            layers below the last time given never train.
+        lr_scale: factor on the rate of each group; one number is applied again for every group further down; None
+            leaves the rates alone.
+        weight_decay: decay of each group; None keeps the optimizer's. The paper's is (1e-5, 1e-4, 1e-4, 1e-4).
+        never: what never trains, as in `groups`.
+        bn: what frozen batch-norm layers do. 'follow': their weights follow the group, running statistics move (the
+            paper's); 'train': their weights always train too (fastai's); 'eval': they normalise by, and keep, their
+            stored statistics.
+        mechanism: 'rewrap' switches gradients off and wraps DDP anew at each change, which saves the backward pass;
+            'drop_grad' computes all gradients and drops the sleeping groups' before clipping, with no change of the
+            wrapper or of a compiled graph; 'auto' is 'drop_grad' for a compiled module with more than 6 changes, else
+            'rewrap'.
+
+    Raises:
+        RecipeError: before training, for times that decrease or do not match the groups, a pattern that matches nothing,
+            a parameter in two groups or in none, and parameters that are in no optimizer.
+    """
+
+    paper = Paper(
+        "Site-Level Fine-Tuning with Progressive Layer Freezing: Towards Robust Prediction of Bronchopulmonary Dysplasia"
+        " from Day-1 Chest Radiographs in Extremely Preterm Infants",
+        "S. Goedicke-Fritz, M. Bous, A. Engel et al.",
+        2025,
+        "https://arxiv.org/abs/2507.12269",
+        "https://github.com/phflot/bpdneo-cxr",
+    )
+    does = "Trains the head first and wakes one group of layers at a time, each deeper one at a smaller learning rate."
+    use_when = "You fine-tune a pre-trained network on little data and full fine-tuning forgets or overfits."
+    costs = "Nothing; the backward pass is shorter while lower layers sleep."
+    owns_training_set = True
+
+    def __init__(
+        self,
+        groups: Literal["auto"] | Sequence[str | Sequence[str]] = "auto",
+        at: Sequence[int | float] | At | EveryN | Plateau = (0, 0.10, 0.30, 0.60),
+        lr_scale: Sequence[float] | float | None = (1.0, 0.5, 0.25, 0.1),
+        weight_decay: Sequence[float] | None = None,
+        never: Sequence[str] = (),
+        bn: Literal["follow", "train", "eval"] = "follow",
+        mechanism: Literal["auto", "rewrap", "drop_grad"] = "auto",
+    ) -> None:
+        super().__init__()
+        self.groups, self.at, self.lr_scale, self.weight_decay = groups, at, lr_scale, weight_decay
+        self.never, self.bn, self.mechanism = never, bn, mechanism
+        check_argument(groups == "auto" or not isinstance(groups, str), self, "groups", groups, "'auto' or a list")
+        check_argument(bn in ("follow", "train", "eval"), self, "bn", bn, "'follow', 'train' or 'eval'")
+        allowed = ("auto", "rewrap", "drop_grad")
+        check_argument(mechanism in allowed, self, "mechanism", mechanism, "'auto', 'rewrap' or 'drop_grad'")
+        scales = [lr_scale] if isinstance(lr_scale, (int, float)) else lr_scale or []
+        check_argument(all(s > 0 for s in scales), self, "lr_scale", lr_scale, "positive")
+        check_argument(all(d >= 0 for d in weight_decay or []), self, "weight_decay", weight_decay, "non-negative")
+        self._when = at if isinstance(at, (At, EveryN, Plateau)) else At(list(at))
+        self._names: list[tuple[str, list[str]]] = []
+        self._always_frozen: frozenset[str] = frozenset()
+        self._times: list[float] = []
+        self._scales: list[float] = []
+        self._sleeping: frozenset[str] = frozenset()
+        self._frozen_norms: list[nn.Module] = []
+        self._drops = False
+        self._stage = 0
+        self._stalls = 0
+        self._plan: Plan | None = None
+
+    @property
+    def neutral(self) -> bool:
+        """All groups awake from the start at the optimizer's own rates, and nothing else asked for."""
+        times = self._when.at if isinstance(self._when, At) else ()
+        scales = group_scales(self.lr_scale, len(times)) if not isinstance(self.lr_scale, Sequence) else self.lr_scale
+        asleep = self.never or self.groups == "auto" or self.weight_decay is not None
+        return bool(times) and not any(times) and all(s == 1 for s in scales) and not asleep and self.bn != "eval"
+
+    # -- declarations ------------------------------------------------------------------------------------------------
+
+    def declare(self, plan: Plan) -> None:
+        if not plan.fitting:
+            return
+        if not plan.module.automatic_optimization:
+            raise RecipeError(
+                "ProgressiveUnfreezing needs automatic optimization: it changes what trains at optimizer steps, and under"
+                " manual optimization the module takes those itself"
+            )
+        self._plan = plan
+        plan.parameters(self._first_claim)
+        if plan.section is not None:
+            self.load_state(plan.section["state"])
+        if self.mechanism != "rewrap":  # 'auto' decides once the groups are known
+            plan.edit_gradients(self._drop_gradients)
+
+    def _first_claim(self) -> Claim:
+        """Runs after surgery, so that adapters and merged names are where they will stay."""
+        module, trainer = self._plan.module, self._plan.trainer
+        self._names, never = self._resolve_groups(module)
+        count = len(self._names)
+        self._times = [0.0] if isinstance(self._when, Plateau) else self._when.times(count, trainer)
+        self._scales = group_scales(self.lr_scale, count)
+        if self.weight_decay is not None and len(self.weight_decay) != count:
+            raise RecipeError(f"weight_decay has {len(self.weight_decay)} values for {count} groups; give one a group")
+        self._always_frozen = frozenset(never)
+        late = [name for (name, _), t in zip(self._names, self._times) if self._beyond(t)]
+        if late:
+            rank_zero_warn(
+                f"ProgressiveUnfreezing: groups {late} never wake: their time is at or after the end of the fit"
+            )
+        self._drops = self.mechanism == "drop_grad" or (self.mechanism == "auto" and count > 7 and _is_compiled(module))
+        self._stage = self._stage_now() if self._plan.section is None else self._stage
+        self._tell(module)
+        return self._claim()
+
+    def _resolve_groups(self, module: pl.LightningModule) -> tuple[list[tuple[str, list[str]]], list[str]]:
+        everything = [name for name, _ in module.named_parameters()]
+        never = select.parameters_under(module, self.never, "never") if self.never else []
+        if self.groups == "auto":
+            found = [(name, [n for n in names if n not in never]) for name, names in reversed(select.layers(module))]
+            found = [(name, names) for name, names in found if names]
+            count = len(self._when.at) if isinstance(self._when, At) else len(found)
+            if count > len(found):
+                raise RecipeError(f"at has {count} times and the network {len(found)} groups {[n for n, _ in found]}")
+            return found[:count], never + [n for _, names in found[count:] for n in names]
+        groups, owner = [], {}
+        for entry in self.groups:
+            patterns = [entry] if isinstance(entry, str) else list(entry)
+            names = select.parameters_under(module, patterns, "groups")
+            for name in names:
+                if name in owner or name in never:
+                    raise RecipeError(f"groups: parameter {name!r} is in {owner.get(name, 'never')} and in {patterns}")
+                owner[name] = patterns
+            groups.append((patterns[0], names))
+        left = [name for name in everything if name not in owner and name not in never]
+        if left:
+            raise RecipeError(
+                f"groups: {len(left)} parameters are in no group, the first {left[0]!r}; add them or put them in never"
+            )
+        return groups, never
+
+    def _claim(self) -> Claim:
+        """What sleeps at this stage, and every group's rate and decay."""
+        sleeping = {n for _, names in self._names[self._stage :] for n in names} | self._always_frozen
+        named = () if self.groups == "auto" else [n for _, names in self._names for n in names]
+        norms = batch_norms(self._plan.module, sleeping)
+        if self.bn == "train":
+            paths = [select.lightning_path(self._plan.module, norm) for norm in norms]
+            sleeping -= {n for n in sleeping if n.rpartition(".")[0] in paths}
+        self._frozen_norms, self._sleeping = norms, frozenset(sleeping)
+        decays = self.weight_decay or ()
+        return Claim(
+            frozen=self._sleeping & self._always_frozen if self._drops else self._sleeping,
+            thawed=frozenset(named),
+            lr_scale={n: s for (_, names), s in zip(self._names, self._scales) for n in names},
+            weight_decay={n: d for (_, names), d in zip(self._names, decays) for n in names},
+            changes=not self._drops,
+        )
+
+    def _tell(self, module: pl.LightningModule) -> None:
+        sizes = {name: p.numel() for name, p in module.named_parameters()}
+        lines = [
+            f"  {name:<32} {sum(sizes[n] for n in names):>11,} parameters   from {_when(time)}   rate x {scale:g}"
+            for (name, names), time, scale in zip(
+                self._names, self._times + [math.nan] * (len(self._names) - len(self._times)), self._scales
+            )
+        ]
+        if self._always_frozen:
+            lines.append(f"  {'never':<32} {sum(sizes[n] for n in self._always_frozen):>11,} parameters")
+        rank_zero_info("ProgressiveUnfreezing:\n" + "\n".join(lines))
+
+    # -- the schedule ------------------------------------------------------------------------------------------------
+
+    def _beyond(self, time: float) -> bool:
+        trainer = self._plan.trainer
+        limit = trainer.max_epochs if getattr(self._when, "unit", "epoch") == "epoch" else trainer.max_steps
+        return limit is not None and 0 < limit <= time
+
+    def _stage_now(self) -> int:
+        if isinstance(self._when, Plateau):
+            return min(1 + self._stalls, len(self._names))
+        trainer = self._plan.trainer
+        return awake(self._times, trainer.current_epoch if self._when.unit == "epoch" else trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Every batch, not every epoch: after a resume Lightning skips on_train_epoch_start. Never inside a window.
+        if self._plan is None:
+            return
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._stage != (stage := self._stage_now()):
+            self._stage = stage
+            self._plan.change_parameters(self._claim())
+            self._log()
+        if self.bn == "eval":
+            for norm in self._frozen_norms:
+                norm.eval()  # module.train() has switched it back at every epoch and after every validation
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._plan is not None:
+            self._log()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._plan is None or not isinstance(self._when, Plateau) or trainer.sanity_checking:
+            return
+        value = trainer.callback_metrics.get(self._when.monitor)
+        if value is None:
+            known = sorted(trainer.callback_metrics)
+            raise RecipeError(f"Plateau monitors {self._when.monitor!r}, which was not logged; logged are {known}")
+        self._stalls += from_rank_zero(self._when.stalled(float(value)), trainer)
+
+    def _drop_gradients(self, optimizer: Optimizer) -> None:
+        if self._drops:
+            for name, parameter in self._plan.module.named_parameters():
+                if name in self._sleeping:
+                    parameter.grad = None
+
+    def _log(self) -> None:
+        values = {"unfreeze/stage": self._stage, "unfreeze/trainable_params": self._plan.trainable_parameters}
+        log_values(self._plan.trainer, values)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        for norm in self._frozen_norms if self.bn == "eval" else ():
+            norm.train(pl_module.training)
+        self._plan, self._frozen_norms = None, []
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        when = self._when
+        plateau = {"best": when.best, "waited": when.waited} if isinstance(when, Plateau) else {}
+        return {"stage": self._stage, "stalls": self._stalls, **plateau}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._stage, self._stalls = state["stage"], state["stalls"]
+        if isinstance(self._when, Plateau):
+            self._when.best, self._when.waited = state["best"], state["waited"]
+
+
+def _when(time: float) -> str:
+    return "a plateau" if math.isnan(time) else "the start" if time == 0 else f"{time:g}"
+
+
+def _is_compiled(module: pl.LightningModule) -> bool:
+    return getattr(module, "_compiler_ctx", None) is not None or any(
+        type(part).__name__ == "OptimizedModule" for part in module.modules()
+    )

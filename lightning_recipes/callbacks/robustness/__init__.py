@@ -1,0 +1,1 @@
+"""Recipes against adversaries, and the measures of it."""

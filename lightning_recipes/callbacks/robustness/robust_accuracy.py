@@ -1,0 +1,222 @@
+"""Robust accuracy during anybody's training: FGSM, PGD with restarts, AutoAttack.
+
+The protocol of fast adversarial training's evaluation: Wong, Rice, Kolter, "Fast is better than free", 2020
+(https://arxiv.org/abs/2001.03994); PGD-50-10 is 10 restarts of 50 steps of epsilon / 4. AutoAttack: Croce and Hein, 2020
+(https://arxiv.org/abs/2003.01690), through torchattacks (the `attacks` extra).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_recipes.core.attacks import Box, Logits, RobustAccuracy, fgsm, pgd
+from lightning_recipes.core.batch import get_input, with_input
+from lightning_recipes.core.diagnostics import History, where_to_draw
+from lightning_recipes.core.prepare import Plan
+from lightning_recipes.core.random import generator
+from lightning_recipes.core.recipe import Paper, Recipe, RecipeError, check_argument
+from lightning_recipes.core.step import observe
+
+
+def auto_attack(logits: Logits, x: Tensor, y: Tensor, epsilon: float, box: Box, classes: int) -> Tensor:
+    """The standard AutoAttack (APGD-CE, APGD-T, FAB-T, Square) under L-infinity.
+
+    Args:
+        logits, x, y, epsilon, box: as in :func:`lightning_recipes.core.attacks.fgsm`.
+        classes: how many there are.
+
+    Raises:
+        RecipeError: when torchattacks is not installed.
+    """
+    try:
+        import torchattacks
+    except ImportError as error:
+        raise RecipeError("attack='autoattack' needs torchattacks: pip install 'lightning_recipes[attacks]'") from error
+    low, high, unit = box.bounds(x)
+    span = high - low  # AutoAttack works on [0, 1] images, with the normalisation inside the model
+    model = _OnUnitImages(logits, low, span)
+    attack = torchattacks.AutoAttack(model, norm="Linf", eps=float(epsilon * (unit / span).max()), n_classes=classes)
+    attack.set_device(x.device)
+    return attack((x - low) / span, y) * span + low
+
+
+class _OnUnitImages(nn.Module):
+    def __init__(self, logits: Logits, low: Tensor, span: Tensor) -> None:
+        super().__init__()
+        self.logits, self.low, self.span = logits, low, span
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits(images * self.span + self.low)
+
+
+class RobustAccuracyMonitor(Recipe):
+    """Measure accuracy under attack on the validation and test batches, in eval mode and without a trace in the run.
+
+    Logs ``robust_accuracy/clean`` and ``robust_accuracy/<attack>`` (the attack with its steps and restarts), and draws
+    both over training at the end of a fit.
+
+    Args:
+        attack: 'fgsm', 'pgd' or 'autoattack' (torchattacks).
+        epsilon: radius in pixel units of a [0, 1] image.
+        steps, restarts, step_size: of 'pgd'; step_size None is epsilon / 4.
+        mean, std, input_range: where the network's inputs live, as for AAER.
+        every_n_epochs: measure in every n-th training epoch.
+        limit_batches: attack the first so many batches only; None all.
+        criterion: which loss of the module's training step to observe, where it cannot be found.
+        draw: save a picture in the run's log folder at the end of a fit (needs the `plots` extra).
+        seed: of the random starts.
+    """
+
+    paper = Paper(
+        "Fast is better than free: Revisiting adversarial training",
+        "E. Wong, L. Rice, J. Z. Kolter",
+        2020,
+        "https://arxiv.org/abs/2001.03994",
+        "https://github.com/locuslab/fast_adversarial",
+    )
+    does = "Measures accuracy under FGSM, PGD or AutoAttack on the validation and test data."
+    use_when = "You train for robustness, or want to know how robust what you train is."
+    costs = "steps x restarts forward and backward passes a batch it attacks; nothing in training steps."
+    may_repeat = True
+
+    def __init__(
+        self,
+        attack: Literal["fgsm", "pgd", "autoattack"] = "pgd",
+        epsilon: float = 8 / 255,
+        steps: int = 50,
+        restarts: int = 10,
+        step_size: float | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        input_range: tuple[float, float] = (0.0, 1.0),
+        every_n_epochs: int = 1,
+        limit_batches: int | None = None,
+        criterion: str | int | None = None,
+        draw: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_argument(attack in ("fgsm", "pgd", "autoattack"), self, "attack", attack, "'fgsm', 'pgd' or 'autoattack'")
+        check_argument(
+            0 < epsilon <= 1 or mean is None and epsilon > 0, self, "epsilon", epsilon, "in (0, 1] pixel units"
+        )
+        for name, value in (("steps", steps), ("restarts", restarts), ("every_n_epochs", every_n_epochs)):
+            check_argument(value >= 1, self, name, value, "at least 1")
+        check_argument(limit_batches is None or limit_batches >= 1, self, "limit_batches", limit_batches, "at least 1")
+        self.attack, self.epsilon, self.steps, self.restarts, self.step_size = (
+            attack,
+            epsilon,
+            steps,
+            restarts,
+            step_size,
+        )
+        self.mean, self.std, self.input_range = mean, std, tuple(input_range)
+        self.every_n_epochs, self.limit_batches, self.criterion = every_n_epochs, limit_batches, criterion
+        self.draw, self.seed = draw, seed
+        self._box = Box(mean, std, self.input_range)
+        self._history = History()
+        self._active = False
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}[{self._name}]"
+
+    @property
+    def _name(self) -> str:
+        return f"pgd-{self.steps}-{self.restarts}" if self.attack == "pgd" else self.attack
+
+    def declare(self, plan: Plan) -> None:
+        if self.attack == "autoattack":
+            from importlib.util import find_spec
+
+            if find_spec("torchattacks") is None:
+                raise RecipeError("attack='autoattack' needs torchattacks: pip install 'lightning_recipes[attacks]'")
+
+    # -- validation and test -----------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        fitting = trainer.state.fn == "fit"
+        self._active = not trainer.sanity_checking and (not fitting or trainer.current_epoch % self.every_n_epochs == 0)
+        self._robust = RobustAccuracy().to(pl_module.device)
+        self._clean = RobustAccuracy().to(pl_module.device)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self._active or dataloader_idx or (self.limit_batches is not None and batch_idx >= self.limit_batches):
+            return
+        with torch.inference_mode(False), torch.enable_grad(), trainer.precision_plugin.forward_context():
+            x = get_input(batch).detach().clone()
+            batch = _leave_inference(batch)
+
+            def see(inputs: Tensor) -> Any:
+                with torch.enable_grad():
+                    probed = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+                    return observe(trainer, pl_module, with_input(batch, probed.to(x.dtype)), batch_idx, self.criterion)
+
+            logits = lambda inputs: see(inputs).logits  # noqa: E731
+            clean = see(x)
+            y = clean.targets if not clean.targets.is_floating_point() else clean.targets.argmax(1)
+            self._robust.attack = self._attack(clean.logits.shape[1], batch_idx, trainer)
+            self._robust.update(logits, x, y)
+            self._clean.update(lambda _: clean.logits, x, y)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._active:
+            return
+        values = {
+            "robust_accuracy/clean": self._clean.compute(),
+            f"robust_accuracy/{self._name}": self._robust.compute(),
+        }
+        self.log_dict(values, rank_zero_only=False)
+        if trainer.state.fn == "fit":
+            self._history.add(trainer.global_step, {k.removeprefix("robust_accuracy/"): v for k, v in values.items()})
+
+    on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = where_to_draw(trainer)
+        if self.draw and self._history.steps and trainer.is_global_zero and folder is not None:
+            title = f"accuracy under attack, epsilon {self.epsilon:.4g}"
+            self._history.draw(folder / f"robust_accuracy_{self._name}.png", title, "accuracy")
+
+    def _attack(self, classes: int, batch_idx: int, trainer: pl.Trainer) -> Any:
+        if self.attack == "fgsm":
+            return partial(fgsm, epsilon=self.epsilon, box=self._box)
+        if self.attack == "autoattack":
+            return partial(auto_attack, epsilon=self.epsilon, box=self._box, classes=classes)
+        return partial(
+            pgd,
+            epsilon=self.epsilon,
+            steps=self.steps,
+            restarts=self.restarts,
+            step_size=self.step_size,
+            box=self._box,
+            generator=generator(self.seed, "RobustAccuracyMonitor", batch_idx, trainer.global_rank),
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"history": self._history.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._history.load(state["history"])
+
+
+def _leave_inference(batch: Any) -> Any:
+    """The batch with every inference tensor cloned, so that autograd may save it."""
+    from lightning.fabric.utilities.apply_func import apply_to_collection
+
+    return apply_to_collection(batch, Tensor, lambda t: t.clone())

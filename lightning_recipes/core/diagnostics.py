@@ -1,0 +1,68 @@
+"""Logging from any hook, a history of what was measured, and its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+
+def log_values(trainer: pl.Trainer, values: Mapping[str, Any]) -> None:
+    """Send values to every logger and to ``trainer.callback_metrics``, also from hooks where ``self.log`` is forbidden.
+
+    Args:
+        values: numbers or scalar tensors by their full name.
+    """
+    scalars = {name: float(value) for name, value in values.items()}
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=trainer.global_step)
+
+
+class History:
+    """What was measured when, for a picture at the end and for checkpoints."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, step: int, values: Mapping[str, float | Tensor]) -> None:
+        """Note the values of one moment; the same names every time."""
+        self.steps.append(step)
+        for name, value in values.items():
+            self.values.setdefault(name, []).append(float(value))
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"steps": list(self.steps), "values": {k: list(v) for k, v in self.values.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        self.steps, self.values = list(state["steps"]), {k: list(v) for k, v in state["values"].items()}
+
+    def draw(self, path: str | Path, title: str, ylabel: str) -> Path | None:
+        """Draw all values over the steps; None where matplotlib (the `plots` extra) is not installed."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return None
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, values in self.values.items():
+            axes.plot(self.steps[-len(values) :], values, marker="o", markersize=3, label=name)
+        axes.set(title=title, xlabel="optimizer step", ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        return path
+
+
+def where_to_draw(trainer: pl.Trainer) -> Path | None:
+    """The folder of the run's logs; None for a run that logs nowhere, which should leave no files."""
+    return Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None

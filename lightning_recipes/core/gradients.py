@@ -1,0 +1,215 @@
+"""The gradient socket: ordered edits of the true final gradient, and a second pass over the accumulation window.
+
+Lightning calls ``configure_gradient_clipping`` once a true step, always, after accumulation, all-reduce and unscaling
+and right before the update; it is wrapped on the instance. (Optimizer step pre-hooks come before there is a gradient.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_recipes.core import random
+from lightning_recipes.core.distributed import all_mean_, rank_and_world
+from lightning_recipes.core.patch import Patch
+from lightning_recipes.core.recipe import Recipe, RecipeError
+from lightning_recipes.core.silence import silent
+
+Edit = Callable[[Optimizer], None]
+
+
+class GradientSocket:
+    """Runs the recipes' edits around the module's own gradient clipping, in the order of the Trainer's callbacks."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+        self._edits: dict[str, list[Edit]] = {"before_clip": [], "after_clip": []}
+        self._window: Window | None = None
+
+    def add(self, recipe: Recipe, edit: Edit, when: Literal["before_clip", "after_clip"] = "before_clip") -> None:
+        """Declare an edit of ``.grad`` (in place), called with the optimizer.
+
+        Raises:
+            RecipeError: under manual optimization, where the module steps by itself.
+        """
+        if not self.module.automatic_optimization:
+            raise RecipeError(
+                f"{type(recipe).__name__} edits gradients and needs automatic optimization: under manual optimization"
+                " the module takes its optimizer steps itself"
+            )
+        self._edits[when].append(edit)
+
+    def replay_window(
+        self, recipe: Recipe, edit: Callable[[Optimizer, Window], None], run: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        """Declare an edit that runs the whole accumulation window a second time (before clipping).
+
+        Args:
+            run: batch to loss, in the place of the module's step, whose side effects cannot be repeated.
+
+        Raises:
+            RecipeError: when another recipe already does, or the optimizer's closure is not Lightning's to repeat.
+        """
+        if self._window is not None:
+            raise RecipeError(
+                f"{type(self._window.owner).__name__} and {type(recipe).__name__} both run a second pass over the window;"
+                " use one of them"
+            )
+        window = self._window = Window(recipe, self.trainer, self.module, run)
+        self.add(recipe, lambda optimizer: window.run(edit, optimizer))
+
+    def install(self, undo: ExitStack) -> None:
+        """Put the wrappers on and leave their removal with `undo`."""
+        if self._window is not None:
+            self._window.install(undo)
+        if any(self._edits.values()):
+            patch = Patch(self.module, "configure_gradient_clipping", lambda *a, **k: self._clip(patch, *a, **k))
+            undo.callback(patch.restore)
+
+    def _clip(self, patch: Patch, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        for edit in self._edits["before_clip"]:
+            edit(optimizer)
+        patch.original(optimizer, *args, **kwargs)
+        for edit in self._edits["after_clip"]:
+            edit(optimizer)
+
+
+class Window:
+    """The micro-batches of one accumulation window, kept so that they can be run again at other weights.
+
+    Kept are the batches as Lightning handed them to the step, by reference, and the random state before each. The
+    replay runs the wrapped step again, with every recipe in it: their keyed random numbers come out the same.
+    """
+
+    def __init__(
+        self,
+        owner: Recipe,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        run: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.owner, self.trainer, self.module, self._run = owner, trainer, module, run
+        self._steps: list[tuple[tuple[Any, ...], Any, Tensor]] = []
+        self._patch: Patch | None = None
+        self._recording = True
+
+    def install(self, undo: ExitStack) -> None:
+        """Record every step from here on; outermost of the wrappers on ``training_step``."""
+        self._patch = Patch(self.module, "training_step", self._step)
+        undo.callback(self._patch.restore)
+        undo.callback(self._steps.clear)
+
+    def _step(self, *args: Any) -> Any:
+        if not self._recording:
+            return self._patch.original(*args)
+        if self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._steps.clear()
+        state = random.rng_state(self.module.device)
+        output = self._patch.original(*args)
+        if output is not None:
+            self._steps.append((args, state, _loss(output).detach()))
+        return output
+
+    def run(self, edit: Callable[[Optimizer, Window], None], optimizer: Optimizer) -> None:
+        """Let the owner edit the gradient, then forget the window."""
+        self._recording = False
+        try:
+            if self._steps:
+                edit(optimizer, self)
+        finally:
+            self._recording = True
+            self._steps.clear()
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of this rank's micro-batches in the first pass."""
+        return torch.stack([loss for *_, loss in self._steps]).mean()
+
+    def gradients(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The window's gradient at the weights as they stand now, and its mean loss on this rank.
+
+        Silent: nothing is logged, statistics and random state are left alone. ``.grad`` is as before when it returns.
+
+        Args:
+            parameters: those whose gradient is asked for.
+
+        Returns:
+            one tensor a parameter (zeros where the loss does not reach it), averaged over ranks and unscaled, in the
+            parameter's dtype; and the mean loss, before any all-reduce.
+        """
+        trainer, module = self.trainer, self.module
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        held = [(p, p.grad) for p in module.parameters() if p.requires_grad]
+        losses = []
+        try:
+            for parameter, _ in held:
+                parameter.grad = None
+            with torch.enable_grad(), silent(module):
+                for args, state, _ in self._steps:
+                    random.set_rng_state(state, module.device)
+                    with trainer.precision_plugin.train_step_context():
+                        loss = _loss(module.training_step(*args) if self._run is None else self._run(args[0]))
+                    losses.append(loss.detach())
+                    loss = loss / trainer.accumulate_grad_batches
+                    module.backward(loss if scaler is None else scaler.scale(loss))
+            fresh = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        finally:
+            for parameter, grad in held:
+                parameter.grad = grad
+        if scaler is not None:
+            torch._foreach_mul_(fresh, scaler._scale.double().reciprocal().float())  # as unscale_ does, no .item()
+        if rank_and_world()[1] > 1:
+            all_mean_(fresh)
+        return fresh, torch.stack(losses).mean()
+
+
+def _loss(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output["loss"]
+
+
+def optimized(optimizer: Optimizer) -> list[Tensor]:
+    """The optimizer's parameters that have a gradient, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """One L2 norm over all tensors, computed in fp32 without a synchronisation."""
+    norms = torch._foreach_norm([t.float() if t.dtype != torch.float32 else t for t in tensors])
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def skip_if_nonfinite(trainer: pl.Trainer, optimizer: Optimizer, gradients: Sequence[Tensor]) -> None:
+    """Under fp16, have the scaler skip this step when an edited gradient is not finite.
+
+    The scaler looked at the gradients when they were unscaled, before the edit, and does not look again.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None:
+        return
+    for device, found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].items():
+        bad = torch.stack([(~torch.isfinite(g)).any() for g in gradients if g.device == device])
+        found += bad.any().to(found.dtype)
+
+
+def check_fp16(trainer: pl.Trainer, recipe: Recipe) -> None:
+    """Refuse fp16 with an optimizer that unscales inside its fused step: there is no true gradient to edit before it.
+
+    Raises:
+        RecipeError: names the optimizer.
+    """
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
+        return
+    for optimizer in trainer.optimizers:
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise RecipeError(
+                f"{type(recipe).__name__} edits the unscaled gradient, and {type(optimizer).__name__}(fused=True) unscales"
+                " inside its step; use fused=False or bf16-mixed"
+            )

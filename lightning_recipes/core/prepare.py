@@ -1,0 +1,273 @@
+"""From declarations to a prepared module: collect what all recipes want, check it together, apply all or nothing.
+
+Callbacks' ``setup`` runs before the module's own ``setup`` and ``configure_model``, when there may be no network yet. So
+``setup`` only joins a session, and the session prepares at the one moment that fits: after ``configure_model``, when
+Lightning has read the checkpoint and not yet loaded it. Then what a resume must know before weights load (adapters, the
+trainable set) can be read from the recipes' sections of that checkpoint.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_recipes.core.distributed import check_strategy
+from lightning_recipes.core.gradients import GradientSocket, Window, check_fp16
+from lightning_recipes.core.parameters import Claim, ParameterTable, user_flags
+from lightning_recipes.core.patch import Patch
+from lightning_recipes.core.recipe import Recipe, RecipeError, StepRecipe
+from lightning_recipes.core.step import StepSocket
+from lightning_recipes.core.surgery import Adapters, AdapterSpec, carries_adapters, inject, structure_of
+
+_SESSIONS: weakref.WeakKeyDictionary[pl.Trainer, Session] = weakref.WeakKeyDictionary()
+
+
+class Plan:
+    """Takes one recipe's declarations. What only training needs is dropped in validate, test and predict.
+
+    Attributes:
+        trainer, module: the user's; the module's network is built.
+        fitting: whether this run trains.
+        section: the recipe's section of the checkpoint that is about to be loaded, None without one.
+    """
+
+    def __init__(self, session: Session, recipe: Recipe, section: Mapping[str, Any] | None) -> None:
+        self._session, self._recipe, self.section = session, recipe, section
+        self.trainer, self.module = session.trainer, session.module
+        self.fitting = session.fitting
+
+    def step(self, recipe: StepRecipe) -> None:
+        """Run the recipe's stages in the training step."""
+        self._session.step_recipes.append(recipe)
+
+    def edit_gradients(
+        self, edit: Callable[[Optimizer], None], when: Literal["before_clip", "after_clip"] = "before_clip"
+    ) -> None:
+        """Edit the true final gradient in place, once an optimizer step."""
+        self._session.gradients.add(self._recipe, edit, when)
+        self._session.edits.append(self._recipe)
+
+    def replay_window(
+        self, edit: Callable[[Optimizer, Window], None], run: Callable[[Any], Tensor] | None = None
+    ) -> None:
+        """Edit the gradient with a second pass over the accumulation window at hand (`run`: of batch to loss, instead
+        of the module's own step)."""
+        self._session.gradients.replay_window(self._recipe, edit, run)
+        self._session.edits.append(self._recipe)
+
+    def adapters(self, spec: AdapterSpec) -> None:
+        """Put LoRA adapters into the module; everything else but ``spec.train_fully`` is frozen while they are there.
+
+        In validate, test and predict they are built from the checkpoint, where it has them.
+        """
+        self._session.specs[self._recipe] = spec
+
+    def parameters(self, claim: Callable[[], Claim]) -> None:
+        """Claim parameters; the claim is asked for after surgery, when all names are final."""
+        self._session.claims[self._recipe] = claim
+
+    def change_parameters(self, claim: Claim) -> None:
+        """Claim anew during the fit: at an optimizer-step boundary and at the same one on all ranks."""
+        self._session.parameters.claim(self._recipe, claim)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of scalars that train now."""
+        return self._session.parameters.trainable
+
+
+class Session:
+    """The recipes of one Trainer for the length of one fit, validate, test or predict."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+        self.fitting = trainer.state.fn == TrainerFn.FITTING
+        self.recipes: list[Recipe] = []
+        self.step_recipes: list[StepRecipe] = []
+        self.edits: list[Recipe] = []
+        self.specs: dict[Recipe, AdapterSpec] = {}
+        self.claims: dict[Recipe, Callable[[], Claim]] = {}
+        self.adapters: dict[Recipe, Adapters] = {}
+        self.gradients = GradientSocket(trainer, module)
+        self.parameters = ParameterTable(trainer, module, user_flags(module))
+        self._undo = ExitStack()
+        self._fit_started = False
+        connector = trainer._checkpoint_connector
+        patch = Patch(connector, "resume_start", lambda *a, **k: self._read_then_prepare(patch, *a, **k))
+        self._undo.callback(patch.restore)
+
+    # -- finding the session -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer, module: pl.LightningModule) -> Session:
+        """The Trainer's session; begins one if there is none."""
+        session = _SESSIONS.get(trainer)
+        if session is None:
+            session = _SESSIONS[trainer] = cls(trainer, module)
+        return session
+
+    @classmethod
+    def close_of(cls, trainer: pl.Trainer) -> None:
+        """End the Trainer's session: the module is stock again, or what a recipe keeps by choice."""
+        session = _SESSIONS.pop(trainer, None)
+        if session is not None:
+            session.close()
+
+    @classmethod
+    def close_after_exception(cls, trainer: pl.Trainer) -> None:
+        """End the session once every callback has seen the exception, so that one that saves a checkpoint then still
+        finds adapters and optimizer as they trained."""
+        session = _SESSIONS.get(trainer)
+        if session is None or isinstance(trainer.strategy.__dict__.get("on_exception"), Patch):
+            return
+
+        def then_close(exception: BaseException) -> None:
+            patch.restore()
+            try:
+                patch.original(exception)
+            finally:
+                cls.close_of(trainer)
+
+        patch = Patch(trainer.strategy, "on_exception", then_close)
+
+    # -- the life of a session ---------------------------------------------------------------------------------------
+
+    def join(self, recipe: Recipe) -> None:
+        """A recipe's ``setup``."""
+        self.recipes.append(recipe)
+
+    def _read_then_prepare(self, patch: Patch, *args: Any, **kwargs: Any) -> None:
+        patch.original(*args, **kwargs)
+        patch.restore()
+        self.prepare(self.trainer._checkpoint_connector._loaded_checkpoint)
+
+    def prepare(self, checkpoint: Mapping[str, Any]) -> None:
+        """Check all declarations together and apply them; on an error nothing is left applied.
+
+        Raises:
+            RecipeError: one clear error, before anything is trained or loaded.
+        """
+        sections = checkpoint.get("callbacks", {})
+        active = [recipe for recipe in self.recipes if not recipe.neutral]
+        if self.fitting and active:
+            check_strategy(self.trainer)
+            self._check_step_signature()
+            _check_pairs(active, self.trainer)
+        plans = {recipe: Plan(self, recipe, sections.get(recipe.state_key)) for recipe in active}
+        for recipe, plan in plans.items():
+            if self.fitting and plan.section is not None:
+                recipe.check_resume(plan.section)
+            recipe.declare(plan)
+        try:
+            self._operate(plans)
+            if self.fitting:
+                self._attach()
+            for recipe, plan in plans.items():
+                recipe.after_prepare(plan)
+        except BaseException:
+            self.close()
+            raise
+
+    def _operate(self, plans: Mapping[Recipe, Plan]) -> None:
+        for recipe, spec in self.specs.items():
+            stored = structure_of(plans[recipe].section)
+            if not self.fitting:
+                spec = stored
+                if spec is None or carries_adapters(self.module):
+                    continue  # nothing to load into adapters, or they are in place: the module is what it is
+            elif plans[recipe].section is not None and stored is None:
+                raise RecipeError(
+                    f"{type(recipe).__name__}: the checkpoint holds merged weights (it was written after the fit ended);"
+                    " there are no adapters to resume. Load its weights into the module and start a new fit"
+                )
+            if self.adapters:
+                other = type(next(iter(self.adapters))).__name__
+                raise RecipeError(
+                    f"{other} and {type(recipe).__name__} both adapt the module's layers; use one of them"
+                )
+            adapters = self.adapters[recipe] = inject(self.module, spec)
+            recipe.adapters, recipe._structure = adapters, spec.as_structure()
+            self._undo.callback(self._finish_surgery, recipe, adapters)
+            if self.fitting:
+                self._freeze_around(recipe, adapters)
+
+    def _finish_surgery(self, recipe: Recipe, adapters: Adapters) -> None:
+        keep = self._fit_started and not getattr(recipe, "merge_on_end", True)
+        if not keep:
+            adapters.remove(merge=True)
+            recipe._structure = None
+
+    def _freeze_around(self, recipe: Recipe, adapters: Adapters) -> None:
+        """The base stays frozen under its adapters; the parts that train fully must be the user's to train."""
+        names = dict(self.module.named_parameters())
+        stuck = [n for n in adapters.kept_whole if n in names and not self.parameters._user_trains(n, names[n])]
+        if stuck:
+            raise RecipeError(
+                f"{type(recipe).__name__}: {stuck[0]!r} is to train beside the adapters (train_fully) and the module froze"
+                " it; unfreeze it or leave it out of train_fully"
+            )
+        kept = set(adapters.made) | set(adapters.kept_whole)
+        base = Claim(frozen=frozenset(names) - kept)
+        own = self.claims.pop(recipe, None)
+        self.claims[recipe] = (lambda: base) if own is None else own
+
+    def _attach(self) -> None:
+        for recipe, claim in self.claims.items():
+            self.parameters.claim(recipe, claim())
+        if self.parameters.claimed:
+            self.parameters.install(self._undo)
+        if self.step_recipes:
+            StepSocket(self.trainer, self.module, self.step_recipes).install(self._undo)
+        self.gradients.install(self._undo)
+
+    def _check_step_signature(self) -> None:
+        if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
+            raise RecipeError(
+                "training_step(dataloader_iter) fetches its own batches; recipes need training_step(batch, ...)"
+            )
+
+    def on_fit_start(self, recipe: Recipe) -> None:
+        """Optimizers exist, their state is not restored yet; runs once, with the first recipe's hook."""
+        if self._fit_started:
+            return
+        self._fit_started = True
+        made = {name: p for adapters in self.adapters.values() for name, p in adapters.made.items()}
+        self.parameters.attach(made)
+        for edited in self.edits:
+            check_fp16(self.trainer, edited)
+
+    def close(self) -> None:
+        """Take everything off again, in reverse order."""
+        self._undo.close()
+
+
+def _check_pairs(recipes: list[Recipe], trainer: pl.Trainer) -> None:
+    """Refuse pairs that cannot share a Trainer, or stand in the wrong order.
+
+    Raises:
+        RecipeError: names both and gives the reason.
+    """
+    names = [type(recipe).__name__ for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1 and not next(r for r in recipes if type(r).__name__ == name).may_repeat:
+            raise RecipeError(f"{name} is in the Trainer's callbacks {names.count(name)} times; once is what it means")
+    for place, recipe in enumerate(recipes):
+        for other, reason in recipe.refuses.items():
+            if other in names:
+                raise RecipeError(f"{names[place]} and {other} cannot share a Trainer: {reason}")
+        for other, reason in recipe.comes_after.items():
+            if other in names[place + 1 :]:
+                raise RecipeError(f"{other} must stand before {names[place]} in Trainer(callbacks=[...]): {reason}")
+    finetuning = [type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning)]
+    moving = [type(r).__name__ for r in recipes if r.owns_training_set]
+    if finetuning and moving:
+        raise RecipeError(f"{moving[0]} and {finetuning[0]} both decide what trains; use one of them")

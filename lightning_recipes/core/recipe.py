@@ -1,0 +1,213 @@
+"""What every recipe is: a Lightning callback with a paper, arguments that can be compared, and declarations.
+
+A recipe overrides :meth:`Recipe.declare` and says there, once the network exists, what it wants of which socket.
+``core.prepare`` collects the declarations of all recipes of a Trainer, checks them together and applies all or nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning_recipes.core.prepare import Plan
+    from lightning_recipes.core.step import Step
+
+
+class RecipeError(ValueError):
+    """A recipe was asked for something it cannot do. The message names the argument and says what to do."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a recipe comes from."""
+
+    title: str
+    authors: str
+    year: int
+    url: str
+    code: str | None = None
+
+
+class Recipe(pl.Callback):
+    """One paper's technique as a callback that attaches to a stock LightningModule.
+
+    A subclass sets the four class attributes that ``lightning-recipes show`` prints, keeps every constructor argument
+    in an attribute of the same name, and overrides :meth:`declare`.
+    """
+
+    paper: ClassVar[Paper]
+    does: ClassVar[str]
+    use_when: ClassVar[str]
+    costs: ClassVar[str]
+
+    couples_samples: ClassVar[bool] = False
+    """Whether the loss of one sample depends on the others of its batch (a gate, a contrastive pair)."""
+    refuses: ClassVar[Mapping[str, str]] = {}
+    """Class names of recipes that cannot share a Trainer with this one, each with the reason."""
+    comes_after: ClassVar[Mapping[str, str]] = {}
+    """Class names of recipes that must stand before this one in ``Trainer(callbacks=[...])``, with the reason."""
+    may_repeat: ClassVar[bool] = False
+    """Whether a Trainer may hold several of this class."""
+    owns_training_set: ClassVar[bool] = False
+    """Whether the recipe decides which parameters train."""
+    free_on_resume: ClassVar[frozenset[str]] = frozenset()
+    """Arguments that may differ between a checkpoint and the run that resumes from it."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments.items())})"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments by name, as they stand now."""
+        return {
+            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
+        }
+
+    @property
+    def neutral(self) -> bool:
+        """True at the setting at which the recipe does nothing; then none of its declarations is entered."""
+        return False
+
+    def declare(self, plan: Plan) -> None:
+        """Say what this recipe wants. Runs after ``configure_model`` and before any checkpoint is loaded.
+
+        Args:
+            plan: takes the declarations; ``plan.module`` is the user's module with its network built.
+
+        Raises:
+            RecipeError: when the recipe cannot attach to this module or Trainer.
+        """
+
+    def after_prepare(self, plan: Plan) -> None:
+        """Look at the prepared module (surgery done, trainable set applied) before anything is trained."""
+
+    _structure: dict[str, Any] | None = None  # of the adapters in place, written by core.prepare
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What an exact resume needs besides the arguments; tensors and plain values only."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state` gave."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"arguments": plain(self.arguments), "state": self.state(), "structure": self._structure}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.load_state(state_dict["state"])
+
+    def check_resume(self, section: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that this recipe wrote with other arguments.
+
+        Raises:
+            RecipeError: names each argument with both of its values.
+        """
+        mine, theirs = plain(self.arguments), section.get("arguments", {})
+        differ = [k for k in mine if k not in self.free_on_resume and k in theirs and mine[k] != theirs[k]]
+        if differ:
+            listed = ", ".join(f"{k}={theirs[k]!r} in the checkpoint but {mine[k]!r} here" for k in differ)
+            raise RecipeError(
+                f"{type(self).__name__}: the checkpoint was written with other arguments ({listed}). Resume with the"
+                " arguments of the checkpoint, or start a new fit from its weights."
+            )
+
+    # -- Lightning's hooks, the same for every recipe ---------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from lightning_recipes.core.prepare import Session
+
+        Session.of(trainer, pl_module).join(self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        from lightning_recipes.core.prepare import Session
+
+        Session.of(trainer, pl_module).on_fit_start(self)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        from lightning_recipes.core.prepare import Session
+
+        Session.close_of(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        from lightning_recipes.core.prepare import Session
+
+        Session.close_after_exception(trainer)
+
+
+class StepRecipe(Recipe):
+    """A recipe that changes the user's training step. Override any of the stages; what is not overridden costs nothing.
+
+    Stages chain in the order of ``Trainer(callbacks=[...])``. Every stage sees the final batch; targets handed to a
+    stage may be soft (class probabilities).
+    """
+
+    needs_criterion: ClassVar[bool] = False
+    """Whether the recipe reads ``step.logits``, ``step.targets`` or ``step.loss``; implied by the stages that do."""
+    criterion: str | int | None = None
+    """Which loss call to observe: None (the only one), an index in call order, or a dotted name in the module."""
+
+    def declare(self, plan: Plan) -> None:
+        plan.step(self)
+
+    def transform_batch(self, step: Step, batch: Any) -> Any:
+        """Return the batch that the module's own step shall see."""
+        return batch
+
+    def transform_logits(self, step: Step, logits: Tensor) -> Tensor:
+        """Return the logits that the loss shall see; metrics of the module go on seeing the network's."""
+        return logits
+
+    def transform_targets(self, step: Step, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the targets that the loss shall see, hard ``[n]`` or soft ``[n, classes]``."""
+        return targets
+
+    def loss_weights(self, step: Step) -> Tensor:
+        """Return one weight a sample, ``[n]``; the observed loss becomes the mean of weight times loss."""
+        raise NotImplementedError
+
+    def extra_loss(self, step: Step) -> Tensor | Mapping[str, Tensor]:
+        """Return a scalar to add to the loss, or several by name."""
+        raise NotImplementedError
+
+    def own_loss_weight(self, step: Step) -> float:
+        """Return the factor on the module's own loss; 0 drops the term instead of multiplying by 0."""
+        raise NotImplementedError
+
+    @classmethod
+    def overrides(cls, stage: str) -> bool:
+        """Whether this class overrides the stage of that name."""
+        return getattr(cls, stage) is not getattr(StepRecipe, stage)
+
+
+def plain(value: Any) -> Any:
+    """Reduce a value to what a checkpoint loads with ``weights_only=True``: numbers, strings, lists, dicts, tensors."""
+    if value is None or isinstance(value, (bool, int, float, str, Tensor)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(v) for v in value), key=repr)
+    if isinstance(value, Sequence):
+        return [plain(v) for v in value]
+    if isinstance(value, torch.Size):
+        return list(value)
+    return repr(value)
+
+
+def check_argument(ok: bool, owner: object, name: str, value: Any, allowed: str) -> None:
+    """Raise one clear error for a bad constructor argument.
+
+    Raises:
+        RecipeError: ``<Recipe>: <name> must be <allowed>; got <value>``.
+    """
+    if not ok:
+        raise RecipeError(f"{type(owner).__name__}: {name} must be {allowed}; got {value!r}")

@@ -1,0 +1,204 @@
+"""Finding parts of a stock module: the network, its head, its layers in order, and whatever the user names."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_recipes.core.recipe import RecipeError
+
+HEAD_NAMES = ("head", "heads", "fc", "classifier", "score", "lm_head", "qa_outputs", "output", "out")
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
+
+
+def network(module: nn.Module) -> tuple[str, nn.Module]:
+    """The network inside a LightningModule: the first module on the way down that has more than one part to train.
+
+    Returns:
+        its dotted path ('' for the module itself) and the module.
+    """
+    path, part = "", module
+    while not isinstance(part, (nn.Sequential, nn.ModuleList)):
+        children = _children(part)
+        if len(children) != 1 or any(True for _ in part.parameters(recurse=False)) or isinstance(part, _WEIGHTED):
+            break
+        name, child = children[0]
+        if not _children(child):
+            break
+        path, part = f"{path}.{name}" if path else name, child
+    return path, part
+
+
+def head(module: nn.Module) -> str:
+    """Dotted path of the head: what timm calls the classifier, else the last part with a head's name, else the last
+    Linear or convolution.
+
+    Raises:
+        RecipeError: when there is none; lists the top-level names.
+    """
+    path, root = network(module)
+    config = getattr(root, "pretrained_cfg", None) or getattr(root, "default_cfg", None)
+    named = config.get("classifier") if hasattr(config, "get") else None
+    if isinstance(named, str) and _has_parameters(root, named):
+        return _join(path, named)
+    for name, child in reversed(_children(root)):
+        if name in HEAD_NAMES:
+            last = _last_linear(child)
+            # torchvision's `classifier` may hold hidden layers; Hugging Face's two-layer heads are all head.
+            return _join(path, name, last if isinstance(child, nn.Sequential) else "")
+    last = _last_linear(root)
+    if not last:
+        raise RecipeError(f"found no head in {type(module).__name__}; its parts are {names_of(module)}")
+    return _join(path, last)
+
+
+def layers(module: nn.Module) -> list[tuple[str, list[str]]]:
+    """The network cut into layers from input to output, the head last.
+
+    timm's group matcher where the model has one; else the parts of the network in order, a trunk of repeated blocks
+    opened up into its blocks, normalisation joined to what it follows.
+
+    Returns:
+        (name, parameter names in the LightningModule) by layer; every parameter stands in exactly one.
+    """
+    path, root = network(module)
+    head_path = head(module)
+    everything = [name for name, _ in module.named_parameters()]
+    in_head = [name for name in everything if _under(name, head_path)]
+    if hasattr(root, "group_matcher"):
+        groups = _timm_groups(path, root, set(in_head))
+    else:
+        groups = _trunk_groups(path, root, head_path)
+    grouped = {name for _, names in groups for name in names} | set(in_head)
+    left = [name for name in everything if name not in grouped]
+    if left:
+        groups.insert(0, ("stem", left)) if not groups else groups[0][1].extend(left)
+    return [(name, names) for name, names in groups if names] + [("head", in_head)]
+
+
+def parameters_under(module: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:
+    """Names of the parameters under the given module paths, parameter names or `*` patterns; 'head' finds the head.
+
+    Raises:
+        RecipeError: for a pattern that matches nothing; lists the module's parts.
+    """
+    everything = [name for name, _ in module.named_parameters()]
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [name for name in everything if _matches(name, pattern)]
+        if not hits and pattern == "head":
+            path = head(module)
+            hits = [name for name in everything if _under(name, path)]
+        if not hits:
+            raise RecipeError(
+                f"{argument}: {pattern!r} matches no parameter; the module's parts are {names_of(module)}"
+            )
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def names_of(module: nn.Module, depth: int = 2) -> list[str]:
+    """Dotted names of the parts with parameters, down to a depth, for error messages."""
+    return [n for n, p in module.named_modules() if n and n.count(".") < depth and any(True for _ in p.parameters())]
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any layer keeps batch statistics."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def _join(*parts: str) -> str:
+    return ".".join(p for p in parts if p)
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
+
+
+def _under(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
+    return _under(name, pattern) or name.startswith(f"{pattern}.") or f".{pattern}." in f".{name}"
+
+
+def _has_parameters(root: nn.Module, path: str) -> bool:
+    try:
+        return any(True for _ in root.get_submodule(path).parameters())
+    except AttributeError:
+        return False
+
+
+def _last_linear(root: nn.Module) -> str:
+    found = [name for name, part in root.named_modules() if isinstance(part, (nn.Linear, nn.modules.conv._ConvNd))]
+    return found[-1] if found else ""
+
+
+def _timm_groups(path: str, root: nn.Module, in_head: set[str]) -> list[tuple[str, list[str]]]:
+    from timm.models import group_parameters
+
+    by_depth = group_parameters(root, root.group_matcher(coarse=True))
+    groups = []
+    for depth in sorted(by_depth):
+        names = [_join(path, n) for n in by_depth[depth]]
+        kept = [n for n in names if n not in in_head]
+        groups.append((_common_path(path, kept) or f"layer {depth}", kept))
+    # What timm groups with the head (a last normalisation) goes to the last layer before it.
+    if (
+        len(groups) > 1
+        and len(groups[-1][1]) < sum(n in in_head for n in map(lambda n: _join(path, n), by_depth[max(by_depth)])) + 3
+    ):
+        groups[-2][1].extend(groups.pop()[1])
+    return groups
+
+
+def _trunk_groups(path: str, root: nn.Module, head_path: str) -> list[tuple[str, list[str]]]:
+    parts = _open_trunk(path, root, head_path)
+    groups: list[tuple[str, list[str]]] = []
+    for part_path, part in parts:
+        names = [_join(part_path, n) for n, _ in part.named_parameters() if not _under(_join(part_path, n), head_path)]
+        if not names:
+            continue
+        if groups and not any(isinstance(m, _WEIGHTED) for m in part.modules()):
+            groups[-1][1].extend(names)
+        else:
+            groups.append((part_path, names))
+    return groups
+
+
+def _open_trunk(path: str, root: nn.Module, head_path: str) -> list[tuple[str, nn.Module]]:
+    """The parts of the network in order; the one part that holds all repeated blocks is opened, again and again."""
+    parts = [(_join(path, name), child) for name, child in _children(root)]
+    while True:
+        trunks = [i for i, (p, part) in enumerate(parts) if p != head_path and _repeats(part)]
+        if len(trunks) != 1:
+            return parts
+        trunk_path, trunk = parts[trunks[0]]
+        parts[trunks[0] : trunks[0] + 1] = [(_join(trunk_path, name), child) for name, child in _children(trunk)]
+
+
+def _repeats(part: nn.Module) -> bool:
+    return any(isinstance(m, (nn.Sequential, nn.ModuleList)) and len(_children(m)) > 1 for m in part.modules())
+
+
+def _common_path(path: str, names: Iterable[str]) -> str:
+    split = [name.split(".") for name in names]
+    common: list[str] = []
+    for pieces in zip(*split):
+        if len(set(pieces)) > 1:
+            break
+        common.append(pieces[0])
+    shared = ".".join(common)
+    return shared if shared != path else ""
+
+
+def lightning_path(module: pl.LightningModule, part: nn.Module) -> str:
+    """Dotted path of a part inside the module."""
+    return next(name for name, other in module.named_modules() if other is part)

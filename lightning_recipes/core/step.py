@@ -1,0 +1,279 @@
+"""The training-step socket: one wrapper on the module's own ``training_step`` for all step recipes of a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_recipes.core import random
+from lightning_recipes.core.criterion import Call, Observation, watching, wrap_named
+from lightning_recipes.core.distributed import rank_and_world
+from lightning_recipes.core.patch import Patch
+from lightning_recipes.core.recipe import RecipeError, StepRecipe
+from lightning_recipes.core.silence import silent
+
+_NEED_CRITERION = ("transform_logits", "transform_targets", "loss_weights")
+_AUTOMATIC_ONLY = ("loss_weights", "extra_loss", "own_loss_weight")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one silent run of the module's step computed."""
+
+    logits: Tensor
+    """The network's, ``[n, classes]``, with their graph."""
+    targets: Tensor
+    """As the loss saw them."""
+    loss: Tensor
+    """The module's observed loss, with its graph."""
+    call: Call
+    seen: Tensor
+    """The logits as the loss saw them, after the recipes' logit transforms."""
+
+    def per_sample(self) -> Tensor:
+        """The observed loss sample by sample, ``[n]``, in fp32."""
+        with torch.autocast(self.seen.device.type, enabled=False):
+            return self.call.per_sample(self.seen.float(), self.targets)
+
+
+class Step:
+    """One run of the module's ``training_step``, as its recipes see it.
+
+    Attributes:
+        trainer, module: the user's.
+        batch: the batch, after the transforms so far.
+        batch_idx: its index in the epoch.
+        outputs: logits as the network gave them, once the loss was called.
+        logits, targets: as the loss saw them. ``hard_targets``: as the module gave them.
+        loss: the observed loss.
+        replaying: True inside :meth:`replay`; a recipe must not change its own state then.
+        notes: what a recipe keeps from one stage to the next, keyed by the recipe.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        run: Callable[..., Any],
+        batch: Any,
+        rest: Sequence[Any] = (),
+        recipes: Sequence[StepRecipe] = (),
+        select: str | int | None = None,
+        replaying: bool = False,
+    ) -> None:
+        self.trainer, self.module, self.batch, self.replaying = trainer, module, batch, replaying
+        self.batch_idx: int = rest[0] if rest else trainer.fit_loop.batch_idx
+        self.outputs: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.targets: Tensor | None = None
+        self.hard_targets: Tensor | None = None
+        self.loss: Tensor | None = None
+        self.notes: dict[StepRecipe, Any] = {}
+        self.call: Call | None = None
+        self._run, self._rest, self._recipes, self._select = run, tuple(rest), recipes, select
+        self._calls: dict[str, int] = {}
+
+    # -- for recipes -----------------------------------------------------------------------------------------------
+
+    def replay(self, batch: Any, *, track_statistics: bool = False) -> Replay:
+        """Run the module's own step once more on another batch, silently, and return what it computed.
+
+        The random state of the replay is that of the step itself, so that both draw the same dropout masks. Take
+        gradients of the result with ``autograd.grad`` with respect to inputs only: a ``backward`` would fire DDP's
+        reduction.
+
+        Args:
+            batch: in the form of the module's batches.
+            track_statistics: let batch-norm statistics move, for papers whose extra pass moves them.
+
+        Raises:
+            RecipeError: when no loss of the step can be seen.
+        """
+        inner = Step(
+            self.trainer, self.module, self._run, batch, self._rest, self._recipes, self._select, replaying=True
+        )
+        with (
+            silent(self.module, track_statistics=track_statistics),
+            watching(Observation(inner, self._select)) as watch,
+        ):
+            self._run(batch, *self._rest)
+        watch.check(needed=True)
+        return Replay(inner.outputs, inner.targets, inner.loss, inner.call, inner.logits)
+
+    def generator(self, recipe: StepRecipe, seed: int, stream: str) -> torch.Generator:
+        """A CPU generator for a decision that all ranks share, keyed by (seed, epoch, batch, stream, call number)."""
+        return random.generator(*self._key(recipe, seed, stream))
+
+    def uniform(self, recipe: StepRecipe, seed: int, stream: str, like: Tensor) -> Tensor:
+        """Numbers in [0, 1) of the shape of `like` that belong to each sample's place in the epoch.
+
+        Independent of ranks and micro-batches when samples are dealt to the ranks in turn, as a
+        ``DistributedSampler`` does: sample j of batch b on rank r of W stands at place (b n + j) W + r.
+        """
+        rank, world = rank_and_world()
+        first = self.batch_idx * len(like)
+        place = (torch.arange(first, first + len(like), device=like.device)) * world + rank
+        name = type(recipe).__name__
+        parts = random.key(seed, self.trainer.current_epoch, f"{name}/{stream}", self._call_number(name, stream))
+        return random.uniform(parts, place, like.shape[1:])
+
+    def log(self, recipe: StepRecipe, values: Mapping[str, Any]) -> None:
+        """Log detached values under the recipe's prefix, without a synchronisation."""
+        for name, value in values.items():
+            self.module.log(f"{prefix(recipe)}/{name}", value.detach() if isinstance(value, Tensor) else value)
+
+    def _key(self, recipe: StepRecipe, seed: int, stream: str) -> tuple[int | str, ...]:
+        name = type(recipe).__name__
+        return seed, self.trainer.current_epoch, self.batch_idx, f"{name}/{stream}", self._call_number(name, stream)
+
+    def _call_number(self, name: str, stream: str) -> int:
+        number = self._calls.get(f"{name}/{stream}", 0)
+        self._calls[f"{name}/{stream}"] = number + 1
+        return number
+
+    # -- for the observation ---------------------------------------------------------------------------------------
+
+    def transform(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the loss shall be computed from, after every recipe had its say."""
+        self.call, self.outputs, self.hard_targets = call, call.logits, call.targets
+        self.logits, self.targets, weights = call.logits, call.targets, None
+        for recipe in self._recipes:
+            if recipe.overrides("transform_logits"):
+                self.logits = recipe.transform_logits(self, self.logits)
+        for recipe in self._recipes:
+            if recipe.overrides("transform_targets"):
+                self.targets = recipe.transform_targets(self, self.logits, self.targets)
+        for recipe in self._recipes:
+            if recipe.overrides("loss_weights"):
+                weight = recipe.loss_weights(self)
+                weights = weight if weights is None else weights * weight
+        return self.logits, self.targets, weights
+
+    def computed(self, call: Call, logits: Tensor, targets: Tensor, loss: Any) -> None:
+        """Take note of the loss."""
+        self.loss = loss
+
+
+class StepSocket:
+    """Wraps ``training_step`` on the instance, inside DDP's forward.
+
+    Args:
+        trainer, module: the user's.
+        recipes: all step recipes that are not neutral, in the Trainer's order.
+
+    Raises:
+        RecipeError: for combinations that cannot work, before anything is wrapped.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, recipes: Sequence[StepRecipe]) -> None:
+        self.trainer, self.module, self.recipes = trainer, module, recipes
+        self.needed = any(r.needs_criterion or any(r.overrides(s) for s in _NEED_CRITERION) for r in recipes)
+        self.select = self._agree_on_criterion()
+        self._check()
+        self._patch: Patch | None = None
+
+    def _agree_on_criterion(self) -> str | int | None:
+        named = {type(r).__name__: r.criterion for r in self.recipes if r.criterion is not None}
+        if len(set(named.values())) > 1:
+            raise RecipeError(
+                f"recipes name different losses: {', '.join(f'{k} criterion={v!r}' for k, v in named.items())}"
+            )
+        return next(iter(named.values()), None)
+
+    def _check(self) -> None:
+        own = [type(r).__name__ for r in self.recipes if r.overrides("own_loss_weight")]
+        if len(own) > 1:
+            raise RecipeError(f"{' and '.join(own)} each set the weight of the module's own loss; use one of them")
+        if not self.module.automatic_optimization:
+            for recipe in self.recipes:
+                asked = [stage for stage in _AUTOMATIC_ONLY if recipe.overrides(stage)]
+                if asked:
+                    raise RecipeError(
+                        f"{type(recipe).__name__} needs automatic optimization: under manual optimization the module"
+                        f" calls backward itself, inside its step, so {', '.join(asked)} would come too late"
+                    )
+
+    def install(self, undo: ExitStack) -> None:
+        """Put the wrappers on and leave their removal with `undo`."""
+        if isinstance(self.select, str):
+            undo.callback(wrap_named(self.module, self.select))
+        self._patch = Patch(self.module, "training_step", self._step)
+        undo.callback(self._patch.restore)
+
+    def _step(self, batch: Any, *rest: Any) -> Any:
+        run = self._patch.original
+        step = Step(self.trainer, self.module, run, batch, rest, self.recipes, self.select)
+        for recipe in self.recipes:
+            if recipe.overrides("transform_batch"):
+                step.batch = recipe.transform_batch(step, step.batch)
+        if not self.needed:
+            return self._with_extra(step, run(step.batch, *rest))
+        with watching(Observation(step, self.select)) as watch:
+            output = run(step.batch, *rest)
+        if output is not None and self.module.automatic_optimization:
+            watch.check(needed=True)
+        return self._with_extra(step, output)
+
+    def _with_extra(self, step: Step, output: Any) -> Any:
+        """Add the recipes' own terms to what the module returned, a tensor or a dict with 'loss'."""
+        terms, own = [], 1.0
+        if output is None:
+            return None
+        for recipe in self.recipes:
+            if recipe.overrides("own_loss_weight"):
+                own = recipe.own_loss_weight(step)
+            if recipe.overrides("extra_loss"):
+                extra = recipe.extra_loss(step)
+                named = extra if isinstance(extra, Mapping) else {"extra_loss": extra}
+                step.log(recipe, named)
+                terms.extend(named.values())
+        if not terms and own == 1.0:
+            return output
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if own != 1.0:
+            loss = loss * own if own else None
+        for term in terms:
+            loss = term if loss is None else loss + term
+        if loss is None:
+            raise RecipeError("the weight of the module's own loss is 0 and no recipe adds a loss: nothing to train")
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+
+def observe(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, select: str | int | None = None
+) -> Replay:
+    """What the module's own step makes of a batch, silently and with no recipe in it; for probes outside a step."""
+    step = Step(trainer, module, _stock_step(module), batch, _rest(module, batch_idx), select=select)
+    return step.replay(batch)
+
+
+def _stock_step(module: pl.LightningModule) -> Callable[..., Any]:
+    """The module's step below every wrapper of ours."""
+    run = module.training_step
+    while isinstance(run, Patch):
+        run = run.original
+    return run
+
+
+def _rest(module: pl.LightningModule, batch_idx: int) -> tuple[int, ...]:
+    import inspect
+
+    parameters = list(inspect.signature(inspect.unwrap(_stock_step(module))).parameters)
+    takes_index = len([p for p in parameters if p != "self"]) > 1
+    return (batch_idx,) if takes_index else ()
+
+
+def prefix(recipe: object) -> str:
+    """The log prefix of a recipe: its class name in snake case, an acronym as one word."""
+    name = type(recipe).__name__
+    out = ""
+    for i, letter in enumerate(name):
+        starts = letter.isupper() and i and (name[i - 1].islower() or (i + 1 < len(name) and name[i + 1].islower()))
+        out += ("_" if starts else "") + letter.lower()
+    return out
