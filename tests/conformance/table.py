@@ -1,0 +1,195 @@
+"""The table of recipes that every guarantee is checked over: a new recipe is one more row.
+
+The modules are written as an outsider would: they know nothing of recipes. Networks are without batch-norm and dropout
+unless a test asks for them, so that two ranks can be held against one process on the same global batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from lightning_recipes.callbacks import AAER, GLAD, PEGO, ProgressiveUnfreezing
+from lightning_recipes.core.schedule import At, EveryN
+
+EPOCHS, BATCH, SAMPLES = 4, 16, 64
+
+
+class ConvNet(nn.Sequential):
+    """Three layers for 8x8 grey images."""
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__(
+            nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.ReLU()),
+            nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU()),
+            nn.Sequential(nn.Flatten(), nn.Linear(256, 16), nn.ReLU()),
+            nn.Linear(16, 10),
+        )
+
+
+def small_vit() -> nn.Module:
+    """A two-block vision transformer for 8x8 grey images."""
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, in_chans=1, num_classes=10
+    )
+
+
+class Classifier(pl.LightningModule):
+    """A stock image classifier."""
+
+    def __init__(self, network: nn.Module, optimizer: str = "sgd") -> None:
+        super().__init__()
+        self.network, self.optimizer = network, optimizer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        if self.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        else:
+            parameters = self.parameters()
+            if self.optimizer == "filter":  # what Lightning's BaseFinetuning asks for
+                parameters = (p for p in parameters if p.requires_grad)
+            optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class LightningsOwn(BaseFinetuning):
+    """Lightning's own callback doing what ProgressiveUnfreezing does, for contrast."""
+
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        self.freeze(list(pl_module.network)[:3])
+
+    def finetune_function(self, pl_module: pl.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(list(pl_module.network)[:3], optimizer, initial_denom_lr=1.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe in one setting, or a stack of several.
+
+    Attributes:
+        name: of the row.
+        recipes: makes fresh callbacks.
+        neutral: makes them at their neutral setting; None where the baseline is another one (adapters: plain peft).
+        network: makes the network.
+        optimizer: 'sgd', 'adamw', or 'filter' (sgd over what requires a gradient).
+        couples: whether the loss of a sample depends on its batch, so that micro-batches are not one large batch.
+        trainer: further Trainer arguments.
+    """
+
+    name: str
+    recipes: Callable[[], list[Callback]]
+    neutral: Callable[[], list[Callback]] | None = None
+    network: Callable[[], nn.Module] = ConvNet
+    optimizer: str = "sgd"
+    couples: bool = False
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def _unfreeze(**arguments: Any) -> ProgressiveUnfreezing:
+    return ProgressiveUnfreezing(groups=["3", "2", ["0", "1"]], **{"at": (0, 1, 2), "lr_scale": (1, 0.5, 0.25), **arguments})
+
+
+ROWS = [
+    Row("aaer_rs", lambda: [AAER(0.3)], lambda: [AAER(0.0)], couples=True),
+    Row("aaer_n", lambda: [AAER(0.3, "n", lambda3=1.5)], lambda: [AAER(0.0, "n")], couples=True),
+    Row("pego", lambda: [PEGO(2, 2, 1e-3)], network=small_vit, optimizer="adamw"),
+    Row("glad", lambda: [GLAD(rank=2)], network=small_vit, optimizer="adamw"),
+    Row("glad_full", lambda: [GLAD(rank=None)], lambda: [GLAD(0.0, rank=None)], trainer={"gradient_clip_val": 0.5}),
+    Row("unfreeze", lambda: [_unfreeze()], lambda: [_unfreeze(at=(0, 0, 0), lr_scale=1.0)]),
+    Row("unfreeze_filter", lambda: [_unfreeze()], optimizer="filter"),
+    Row("unfreeze_drop", lambda: [_unfreeze(mechanism="drop_grad")]),
+    Row("unfreeze_steps", lambda: [_unfreeze(at=At((0, 2, 5), "step"))]),
+    Row("unfreeze_every", lambda: [ProgressiveUnfreezing(at=EveryN(1), lr_scale=0.5)], optimizer="adamw"),
+    Row(
+        "pego+unfreeze+aaer",
+        lambda: [PEGO(2, 2), ProgressiveUnfreezing(at=(0, 1, 2), lr_scale=(1, 1, 0.5)), AAER(0.1)],
+        network=small_vit,
+        couples=True,
+    ),
+    Row("aaer+glad", lambda: [AAER(0.1), GLAD(rank=None)], couples=True),
+    Row("unfreeze+glad", lambda: [_unfreeze(), GLAD(rank=None)]),
+]
+
+
+LIGHTNINGS_OWN = Row("lightnings_own", lambda: [LightningsOwn()], optimizer="filter")
+
+
+class InTurn(Sampler[int]):
+    """Deals samples to the ranks in turn, unshuffled, so that two ranks see the global batches of one process."""
+
+    def __init__(self, size: int, rank: int, world: int) -> None:
+        self.places = range(rank, size, world)
+
+    def __iter__(self) -> Any:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def digits(rank: int = 0, world: int = 1, batch: int = BATCH, samples: int = SAMPLES) -> DataLoader:
+    """The first digits, in their order; `batch` is that of all ranks together."""
+    data = load_digits()
+    x = torch.tensor(data.images[:samples], dtype=torch.float32)[:, None] / 16
+    dataset = TensorDataset(x, torch.tensor(data.target[:samples]))
+    return DataLoader(dataset, batch // world, sampler=InTurn(samples, rank, world))
+
+
+def train(
+    row: Row,
+    callbacks: list[Callback] | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    batch: int = BATCH,
+    ckpt_path: str | None = None,
+    module: pl.LightningModule | None = None,
+    **trainer: Any,
+) -> tuple[pl.LightningModule, pl.Trainer]:
+    """Train the row's module on digits; everything seeded."""
+    if module is None:
+        torch.manual_seed(0)
+        module = Classifier(row.network(), row.optimizer)
+    settings = {
+        "max_epochs": EPOCHS,
+        "accelerator": "cpu",
+        "devices": world,
+        "strategy": "ddp" if world > 1 else "auto",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        **row.trainer,
+        **trainer,
+    }
+    extra = settings.pop("callbacks", [])
+    fit = pl.Trainer(callbacks=[*(row.recipes() if callbacks is None else callbacks), *extra], **settings)
+    fit.fit(module, digits(rank, world, batch), ckpt_path=ckpt_path)
+    return module, fit
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict, detached."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}

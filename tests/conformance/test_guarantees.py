@@ -1,0 +1,288 @@
+"""The guarantees, over every row of the table."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from .table import BATCH, EPOCHS, LIGHTNINGS_OWN, ROWS, Classifier, ConvNet, Row, digits, train, weights
+
+HERE = Path(__file__).parent
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -- 1. neutral ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.neutral], ids=lambda row: row.name)
+def test_at_its_neutral_setting_the_fit_is_bitwise_the_fit_without_it(row: Row) -> None:
+    without, _ = train(row, callbacks=[])
+    neutral, _ = train(row, callbacks=row.neutral())
+    entered, _ = train(row)
+    assert same(weights(without), weights(neutral))
+    assert not same(weights(without), weights(entered)), "the recipe itself must make a difference"
+
+
+@pytest.mark.parametrize("name", ["pego", "glad"])
+def test_an_adapters_neutral_setting_is_plain_peft(name: str) -> None:
+    """Weight 0 (mix 0) equals the adapter injected with plain peft, from the same seed."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from lightning_recipes.callbacks import GLAD, PEGO
+
+    torch.manual_seed(0)
+    module = Classifier(ConvNet(), "filter")
+    recipe = (
+        PEGO(2, 1, 0.0, target=["2.1"], train_fully=["3"])
+        if name == "pego"
+        else GLAD(0.0, rank=2, lora_alpha=2, target_modules=["2.1"], train_fully=["3"])
+    )
+    row = Row(name, lambda: [recipe], optimizer="filter")
+    ours, _ = train(row, module=copy.deepcopy(module))
+    torch.manual_seed(0)  # the recipes' default seed
+    holder = torch.nn.Module()
+    holder.add_module("inner", module)
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=["2.1"]), holder)
+    module.network[3].requires_grad_(True)
+    theirs, _ = train(row, callbacks=[], module=module)
+    theirs.network[2][1].merge()
+    assert torch.equal(ours.network[2][1].weight, theirs.network[2][1].base_layer.weight)
+    assert torch.equal(ours.network[3].weight, theirs.network[3].weight)
+
+
+# -- 2. resume -------------------------------------------------------------------------------------------------------
+
+
+@rows
+def test_a_resume_at_any_epoch_ends_with_the_same_weights(row: Row, tmp_path: Path) -> None:
+    """Every stage of a schedule is resumed from; the data come in a fixed order and nothing else is random."""
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    through, fit = train(row, enable_checkpointing=True, callbacks=[*row.recipes(), keep])
+    for epoch in range(EPOCHS - 1):
+        torch.manual_seed(123)  # nothing may hang on the global state
+        resumed, again = train(row, ckpt_path=str(tmp_path / f"epoch={epoch}.ckpt"))
+        assert same(weights(through), weights(resumed)), f"resumed after epoch {epoch}"
+        assert _equal(fit.optimizers[0].state_dict(), again.optimizers[0].state_dict())
+
+
+@rows
+def test_a_resume_in_mid_epoch_trains_the_right_parameters(row: Row, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=6)  # 4 steps an epoch
+    through, _ = train(row, enable_checkpointing=True, callbacks=[*row.recipes(), keep])
+    moved = _what_moves(through)
+    resumed, _ = train(row, ckpt_path=str(tmp_path / "step=6.ckpt"))
+    assert _what_moves(resumed) == moved
+
+
+def test_lightnings_own_finetuning_freezes_again_on_resume(tmp_path: Path) -> None:
+    """What ProgressiveUnfreezing mends: the contrast that shows the resume test can fail."""
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    through, _ = train(LIGHTNINGS_OWN, enable_checkpointing=True, callbacks=[*LIGHTNINGS_OWN.recipes(), keep])
+    resumed, _ = train(LIGHTNINGS_OWN, ckpt_path=str(tmp_path / "epoch=1.ckpt"))
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]
+    assert not same(weights(through), weights(resumed))
+    assert torch.equal(saved["network.0.0.weight"], resumed.network[0][0].weight), "the backbone did not move again"
+
+
+@rows
+def test_checkpoints_load_with_weights_only(row: Row, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    train(row, enable_checkpointing=True, callbacks=[*row.recipes(), keep], max_epochs=1)
+    checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert {type(r).__name__ for r in row.recipes()} <= set(checkpoint["callbacks"])
+
+
+# -- 3. two ranks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    root = str(HERE.parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    run = subprocess.run(
+        [*command, str(HERE / "two_ranks.py"), str(folder)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder
+
+
+def _of_rank(folder: Path, row: Row, rank: int) -> dict[str, torch.Tensor]:
+    return torch.load(folder / f"{row.name}.rank{rank}.pt", weights_only=True)
+
+
+@pytest.mark.ddp
+@rows
+def test_both_ranks_hold_the_same_weights(row: Row, two_ranks: Path) -> None:
+    assert same(_of_rank(two_ranks, row, 0), _of_rank(two_ranks, row, 1))
+
+
+@pytest.mark.ddp
+@rows
+def test_two_ranks_equal_one_process_on_the_same_global_batches(row: Row, two_ranks: Path) -> None:
+    one, _ = train(row)
+    assert furthest(_of_rank(two_ranks, row, 0), weights(one)) < 1e-6
+
+
+@pytest.mark.ddp
+def test_lightnings_own_finetuning_lets_the_ranks_drift_apart(two_ranks: Path) -> None:
+    """What ProgressiveUnfreezing mends: the contrast that shows the rank test can fail."""
+    assert furthest(_of_rank(two_ranks, LIGHTNINGS_OWN, 0), _of_rank(two_ranks, LIGHTNINGS_OWN, 1)) > 1e-3
+
+
+# -- 4. precision ----------------------------------------------------------------------------------------------------
+
+
+@rows
+def test_trains_in_bf16(row: Row) -> None:
+    module, fit = train(row, precision="bf16-mixed")
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+    full, _ = train(row)
+    assert furthest(weights(module), weights(full)) < 0.1
+    assert torch.isfinite(fit.callback_metrics["loss"])
+
+
+# -- 5. accumulation -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.couples], ids=lambda row: row.name)
+def test_accumulated_micro_batches_equal_one_batch(row: Row) -> None:
+    whole, _ = train(row)
+    parts, _ = train(row, batch=BATCH // 4, accumulate_grad_batches=4)
+    assert furthest(weights(whole), weights(parts)) < 1e-5
+
+
+# -- 6. compiled -----------------------------------------------------------------------------------------------------
+
+
+SINGLE = [row for row in ROWS if "+" not in row.name]
+COMPILED = [(row, "module") for row in SINGLE] + [(row, "network") for row in SINGLE if row.name in ("aaer_rs", "glad")]
+
+
+@pytest.mark.parametrize(("row", "what"), COMPILED, ids=lambda value: getattr(value, "name", value))
+def test_works_compiled(row: Row, what: str) -> None:
+    """Dynamo and AOTAutograd are what a recipe can break; the eager backend below them needs no C++ compiler."""
+    eager, _ = train(row, max_epochs=2)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    module = Classifier(row.network(), row.optimizer)
+    compiled: Any = module
+    if what == "module":
+        compiled = torch.compile(module, backend="aot_eager")
+    else:
+        module.network.compile(backend="aot_eager")
+    train(row, module=compiled, max_epochs=2)
+    assert furthest(weights(eager), weights(module)) < 1e-5
+
+
+# -- 7. detach -------------------------------------------------------------------------------------------------------
+
+
+class _Stop(Callback):
+    """Ends the fit from within, in a way of its own; takes a deepcopy of the module before."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error, self.copy = error, None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 6:
+            trainer_of_module, pl_module._trainer = pl_module._trainer, None
+            self.copy = copy.deepcopy(pl_module)
+            pl_module._trainer = trainer_of_module
+            if self.error is not None:
+                raise self.error
+
+
+@rows
+@pytest.mark.parametrize("error", [None, RuntimeError("in mid-run"), KeyboardInterrupt()], ids=["end", "error", "interrupt"])
+def test_afterwards_the_module_is_stock(row: Row, error: BaseException | None) -> None:
+    torch.manual_seed(0)
+    module = Classifier(row.network(), row.optimizer)
+    keys, flags, own = list(module.state_dict()), [p.requires_grad for p in module.parameters()], set(module.__dict__)
+    classes = [type(part) for part in module.modules()]
+    stop = _Stop(error)
+    try:
+        train(row, callbacks=[*row.recipes(), stop], module=module)
+    except (RuntimeError, SystemExit) as raised:
+        assert error is not None
+        assert str(raised) in (str(error), "1")
+    assert list(module.state_dict()) == keys
+    assert [type(part) for part in module.modules()] == classes
+    assert [p.requires_grad for p in module.parameters()] == flags
+    assert set(module.__dict__) <= own | {"_trainer", "_hparams"}
+    assert type(module) is Classifier
+    assert module.training_step.__func__ is Classifier.training_step
+    assert stop.copy.training_step.__self__ is stop.copy, "a deepcopy runs its own step, not the wrapper of the original"
+    with torch.no_grad():
+        module(next(iter(digits()))[0])
+
+
+@rows
+def test_a_failed_setup_leaves_the_module_as_it_was(row: Row) -> None:
+    class Fails(Classifier):
+        def configure_optimizers(self) -> Any:
+            raise RuntimeError("no optimizer today")
+
+    torch.manual_seed(0)
+    module = Fails(row.network(), row.optimizer)
+    before, parts, own = weights(module), list(module.modules()), set(module.__dict__)
+    with pytest.raises(RuntimeError, match="no optimizer today"):
+        train(row, module=module)
+    assert same(before, weights(module))
+    assert all(a is b for a, b in zip(parts, module.modules(), strict=True))
+    assert set(module.__dict__) <= own | {"_trainer", "_hparams"}
+
+
+# -- 9. together -----------------------------------------------------------------------------------------------------
+
+
+def test_two_adapter_recipes_are_refused() -> None:
+    from lightning_recipes.callbacks import GLAD, PEGO
+    from lightning_recipes.core.recipe import RecipeError
+
+    row = Row("both", lambda: [PEGO(2), GLAD(rank=2)])
+    with pytest.raises(RecipeError, match=r"PEGO and GLAD cannot share a Trainer"):
+        train(row)
+
+
+def _what_moves(module: pl.LightningModule) -> list[str]:
+    """Names of the parameters that left their first values."""
+    torch.manual_seed(0)
+    fresh = weights(Classifier(type(module.network)() if isinstance(module.network, ConvNet) else _vit()))
+    return [name for name, value in weights(module).items() if not torch.equal(value, fresh[name])]
+
+
+def _vit() -> torch.nn.Module:
+    from .table import small_vit
+
+    return small_vit()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b
