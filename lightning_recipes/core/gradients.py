@@ -14,13 +14,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_recipes.core import random
 from lightning_recipes.core.distributed import all_mean_, rank_and_world
 from lightning_recipes.core.patch import Patch
 from lightning_recipes.core.recipe import Recipe, RecipeError
 from lightning_recipes.core.silence import silent
+from lightning_recipes.core.step import at_batch
 
 Edit = Callable[[Optimizer], None]
 
@@ -96,7 +97,7 @@ class Window:
         run: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.owner, self.trainer, self.module, self._run = owner, trainer, module, run
-        self._steps: list[tuple[tuple[Any, ...], Any, Tensor]] = []
+        self._steps: list[tuple[tuple[Any, ...], int, Any, Tensor]] = []
         self._patch: Patch | None = None
         self._recording = True
 
@@ -114,7 +115,7 @@ class Window:
         state = random.rng_state(self.module.device)
         output = self._patch.original(*args)
         if output is not None:
-            self._steps.append((args, state, _loss(output).detach()))
+            self._steps.append((args, self.trainer.fit_loop.batch_idx, state, _loss(output).detach()))
         return output
 
     def run(self, edit: Callable[[Optimizer, Window], None], optimizer: Optimizer) -> None:
@@ -152,9 +153,9 @@ class Window:
             for parameter, _ in held:
                 parameter.grad = None
             with torch.enable_grad(), silent(module):
-                for args, state, _ in self._steps:
+                for number, (args, index, state, _) in enumerate(self._steps, 1):
                     random.set_rng_state(state, module.device)
-                    with trainer.precision_plugin.train_step_context():
+                    with trainer.precision_plugin.train_step_context(), at_batch(index, number == len(self._steps)):
                         loss = _loss(module.training_step(*args) if self._run is None else self._run(args[0]))
                     losses.append(loss.detach())
                     loss = loss / trainer.accumulate_grad_batches
@@ -198,12 +199,20 @@ def skip_if_nonfinite(trainer: pl.Trainer, optimizer: Optimizer, gradients: Sequ
         found += bad.any().to(found.dtype)
 
 
-def check_fp16(trainer: pl.Trainer, recipe: Recipe) -> None:
-    """Refuse fp16 with an optimizer that unscales inside its fused step: there is no true gradient to edit before it.
+def check_optimizers(trainer: pl.Trainer, recipe: Recipe) -> None:
+    """Refuse optimizers that do not take one update from one finished gradient.
+
+    LBFGS asks for several gradients an update. Under fp16 a fused optimizer unscales inside its step: there is no true
+    gradient to edit before it.
 
     Raises:
         RecipeError: names the optimizer.
     """
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise RecipeError(
+            f"{type(recipe).__name__} edits the gradient of an update, and LBFGS calls its closure several times for one;"
+            " use another optimizer"
+        )
     plugin = trainer.precision_plugin
     if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
         return

@@ -24,11 +24,12 @@ class Patch:
     """
 
     def __init__(self, owner: Any, name: str, function: Callable[..., Any], *, compiled: bool = True) -> None:
+        original = getattr(owner, name)
+        functools.update_wrapper(self, original)  # first: it copies the attributes of a Patch that it wraps
         self.owner, self.name = owner, name
-        self.original: Callable[..., Any] = getattr(owner, name)
+        self.original: Callable[..., Any] = original
         self._stood_before = owner.__dict__.get(name)
         self._function = function if compiled else torch.compiler.disable(function)
-        functools.update_wrapper(self, self.original)
         # Lightning looks one `__wrapped__` deep for the signature, and a compiled step hides it one level further down.
         self.__wrapped__ = inspect.unwrap(self.original)
         owner.__dict__[name] = self

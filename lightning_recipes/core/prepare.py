@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_recipes.core.distributed import check_strategy
-from lightning_recipes.core.gradients import GradientSocket, Window, check_fp16
+from lightning_recipes.core.gradients import GradientSocket, Window, check_optimizers
 from lightning_recipes.core.parameters import Claim, ParameterTable, user_flags
 from lightning_recipes.core.patch import Patch
 from lightning_recipes.core.recipe import Recipe, RecipeError, StepRecipe
@@ -243,7 +243,7 @@ class Session:
         made = {name: p for adapters in self.adapters.values() for name, p in adapters.made.items()}
         self.parameters.attach(made)
         for edited in self.edits:
-            check_fp16(self.trainer, edited)
+            check_optimizers(self.trainer, edited)
 
     def close(self) -> None:
         """Take everything off again, in reverse order."""

@@ -66,9 +66,9 @@ class Recipe(pl.Callback):
     @property
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments by name, as they stand now."""
-        return {
-            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
-        }
+        parameters = inspect.signature(type(self).__init__).parameters.values()
+        gathered = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)  # a recipe without a constructor
+        return {p.name: getattr(self, p.name) for p in parameters if p.name != "self" and p.kind not in gathered}
 
     @property
     def neutral(self) -> bool:
@@ -152,6 +152,8 @@ class StepRecipe(Recipe):
 
     needs_criterion: ClassVar[bool] = False
     """Whether the recipe reads ``step.logits``, ``step.targets`` or ``step.loss``; implied by the stages that do."""
+    of_weights_alone: ClassVar[bool] = False
+    """Whether :meth:`extra_loss` does not depend on the batch: then it is asked for and counted once an optimizer step."""
     criterion: str | int | None = None
     """Which loss call to observe: None (the only one), an index in call order, or a dotted name in the module."""
 

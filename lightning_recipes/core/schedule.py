@@ -140,8 +140,3 @@ def exponential(position: float, start: float, end: float) -> float:
 def geometric(first: float, last: float, count: int) -> list[float]:
     """`count` rates from first to last with a constant ratio."""
     return [exponential(i / max(count - 1, 1), first, last) for i in range(count)]
-
-
-def epochs_done(trainer: pl.Trainer) -> float:
-    """Epochs with the fraction of the running one, in batches."""
-    return trainer.current_epoch + trainer.fit_loop.batch_idx / max(trainer.num_training_batches, 1)

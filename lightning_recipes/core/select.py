@@ -68,11 +68,11 @@ def layers(module: nn.Module) -> list[tuple[str, list[str]]]:
     path, root = network(module)
     head_path = head(module)
     everything = [name for name, _ in module.named_parameters()]
-    in_head = [name for name in everything if _under(name, head_path)]
+    in_head = _parameters_of(module, head_path)
     if hasattr(root, "group_matcher"):
         groups = _timm_groups(path, root, set(in_head))
     else:
-        groups = _trunk_groups(path, root, head_path)
+        groups = _trunk_groups(module, path, root, head_path, set(in_head))
     grouped = {name for _, names in groups for name in names} | set(in_head)
     left = [name for name in everything if name not in grouped]
     if left:
@@ -83,20 +83,20 @@ def layers(module: nn.Module) -> list[tuple[str, list[str]]]:
 def parameters_under(module: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:
     """Names of the parameters under the given module paths, parameter names or `*` patterns; 'head' finds the head.
 
+    A path counts from the LightningModule, or else from the network inside it.
+
     Raises:
         RecipeError: for a pattern that matches nothing; lists the module's parts.
     """
     everything = [name for name, _ in module.named_parameters()]
+    root, _ = network(module)
     found: dict[str, None] = {}
     for pattern in patterns:
-        hits = [name for name in everything if _matches(name, pattern)]
+        hits = [n for n in everything if _matches(n, pattern)] or [n for n in everything if _matches(n, _join(root, pattern))]
         if not hits and pattern == "head":
-            path = head(module)
-            hits = [name for name in everything if _under(name, path)]
+            hits = _parameters_of(module, head(module))
         if not hits:
-            raise RecipeError(
-                f"{argument}: {pattern!r} matches no parameter; the module's parts are {names_of(module)}"
-            )
+            raise RecipeError(f"{argument}: {pattern!r} matches no parameter; the module's parts are {names_of(module)}")
         found.update(dict.fromkeys(hits))
     return list(found)
 
@@ -109,6 +109,12 @@ def names_of(module: nn.Module, depth: int = 2) -> list[str]:
 def has_batch_norm(module: nn.Module) -> bool:
     """Whether any layer keeps batch statistics."""
     return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def _parameters_of(module: nn.Module, path: str) -> list[str]:
+    """Names of a part's parameters in the module; a tied one goes by the name under which it comes first."""
+    own = {id(p) for p in module.get_submodule(path).parameters()}
+    return [name for name, p in module.named_parameters() if id(p) in own]
 
 
 def _join(*parts: str) -> str:
@@ -126,7 +132,7 @@ def _under(name: str, path: str) -> bool:
 def _matches(name: str, pattern: str) -> bool:
     if any(c in pattern for c in "*?["):
         return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern + ".*")
-    return _under(name, pattern) or name.startswith(f"{pattern}.") or f".{pattern}." in f".{name}"
+    return _under(name, pattern)
 
 
 def _has_parameters(root: nn.Module, path: str) -> bool:
@@ -159,14 +165,18 @@ def _timm_groups(path: str, root: nn.Module, in_head: set[str]) -> list[tuple[st
     return groups
 
 
-def _trunk_groups(path: str, root: nn.Module, head_path: str) -> list[tuple[str, list[str]]]:
-    parts = _open_trunk(path, root, head_path)
+def _trunk_groups(
+    module: nn.Module, path: str, root: nn.Module, head_path: str, in_head: set[str]
+) -> list[tuple[str, list[str]]]:
+    sizes = {name: p.dim() for name, p in module.named_parameters()}
+    taken = set(in_head)
     groups: list[tuple[str, list[str]]] = []
-    for part_path, part in parts:
-        names = [_join(part_path, n) for n, _ in part.named_parameters() if not _under(_join(part_path, n), head_path)]
+    for part_path, _ in _open_trunk(path, root, head_path):
+        names = [n for n in _parameters_of(module, part_path) if n not in taken]
         if not names:
             continue
-        if groups and not any(isinstance(m, _WEIGHTED) for m in part.modules()):
+        taken.update(names)
+        if groups and all(sizes[name] < 2 for name in names):  # a normalisation
             groups[-1][1].extend(names)
         else:
             groups.append((part_path, names))
@@ -178,6 +188,8 @@ def _open_trunk(path: str, root: nn.Module, head_path: str) -> list[tuple[str, n
     parts = [(_join(path, name), child) for name, child in _children(root)]
     while True:
         trunks = [i for i, (p, part) in enumerate(parts) if p != head_path and _repeats(part)]
+        if len(trunks) > 1:  # torchvision's `classifier` may be a Sequential too
+            trunks = [i for i in trunks if not _under(head_path, parts[i][0])]
         if len(trunks) != 1:
             return parts
         trunk_path, trunk = parts[trunks[0]]

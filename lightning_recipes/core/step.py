@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,22 @@ from lightning_recipes.core.silence import silent
 
 _NEED_CRITERION = ("transform_logits", "transform_targets", "loss_weights")
 _AUTOMATIC_ONLY = ("loss_weights", "extra_loss", "own_loss_weight")
+_REPLAYED: ContextVar[tuple[int, bool] | None] = ContextVar("place of a micro-batch that is run again", default=None)
+
+
+@contextmanager
+def at_batch(index: int, last: bool) -> Iterator[None]:
+    """Steps run inside belong to that batch of the epoch, wherever the Trainer's own counter stands.
+
+    Args:
+        index: of the batch in its epoch.
+        last: whether it closes its accumulation window.
+    """
+    token = _REPLAYED.set((index, last))
+    try:
+        yield
+    finally:
+        _REPLAYED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class Step:
         batch_idx: its index in the epoch.
         outputs: logits as the network gave them, once the loss was called.
         logits, targets: as the loss saw them. ``hard_targets``: as the module gave them.
-        loss: the observed loss.
+        loss: the observed loss. ``own_loss``: what the module returned, observed or not.
         replaying: True inside :meth:`replay`; a recipe must not change its own state then.
         notes: what a recipe keeps from one stage to the next, keyed by the recipe.
     """
@@ -68,7 +85,11 @@ class Step:
         replaying: bool = False,
     ) -> None:
         self.trainer, self.module, self.batch, self.replaying = trainer, module, batch, replaying
-        self.batch_idx: int = rest[0] if rest else trainer.fit_loop.batch_idx
+        replayed = _REPLAYED.get()
+        now = trainer.fit_loop.batch_idx if replayed is None else replayed[0]
+        self.batch_idx: int = rest[0] if rest else now
+        self._closes = None if replayed is None else replayed[1]
+        self.own_loss: Tensor | None = None
         self.outputs: Tensor | None = None
         self.logits: Tensor | None = None
         self.targets: Tensor | None = None
@@ -80,6 +101,16 @@ class Step:
         self._calls: dict[str, int] = {}
 
     # -- for recipes -----------------------------------------------------------------------------------------------
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs with the fraction of the running one, in batches; the same when this batch is run again."""
+        return self.trainer.current_epoch + self.batch_idx / max(self.trainer.num_training_batches, 1)
+
+    @property
+    def closes_window(self) -> bool:
+        """Whether an optimizer step follows, at the end of an accumulation window."""
+        return not self.trainer.fit_loop._should_accumulate() if self._closes is None else self._closes
 
     def replay(self, batch: Any, *, track_statistics: bool = False) -> Replay:
         """Run the module's own step once more on another batch, silently, and return what it computed.
@@ -216,7 +247,9 @@ class StepSocket:
             return self._with_extra(step, run(step.batch, *rest))
         with watching(Observation(step, self.select)) as watch:
             output = run(step.batch, *rest)
-        if output is not None and self.module.automatic_optimization:
+        if not self.module.automatic_optimization:
+            watch.check(needed=False)  # a step may be the generator's turn
+        elif output is not None:
             watch.check(needed=True)
         return self._with_extra(step, output)
 
@@ -225,17 +258,19 @@ class StepSocket:
         terms, own = [], 1.0
         if output is None:
             return None
+        loss = step.own_loss = output.get("loss") if isinstance(output, Mapping) else output
         for recipe in self.recipes:
             if recipe.overrides("own_loss_weight"):
                 own = recipe.own_loss_weight(step)
-            if recipe.overrides("extra_loss"):
+            if recipe.overrides("extra_loss") and (step.closes_window or not recipe.of_weights_alone):
                 extra = recipe.extra_loss(step)
                 named = extra if isinstance(extra, Mapping) else {"extra_loss": extra}
                 step.log(recipe, named)
-                terms.extend(named.values())
+                # Lightning divides what a micro-batch returns by the accumulation, in a short last window too.
+                times = self.trainer.accumulate_grad_batches if recipe.of_weights_alone else 1
+                terms.extend(term * times if times > 1 else term for term in named.values())
         if not terms and own == 1.0:
             return output
-        loss = output["loss"] if isinstance(output, Mapping) else output
         if own != 1.0:
             loss = loss * own if own else None
         for term in terms:

@@ -111,8 +111,6 @@ def inject(module: pl.LightningModule, spec: AdapterSpec) -> Adapters:
             _check_target(path, base, spec)
             adapters._undo.callback(setattr, parent, name, base)
         before = {id(p) for p in module.parameters()}
-        holder = nn.Module()  # peft writes its notes on the module it is given
-        holder.add_module("inner", module)
         with random.forked(module.device, spec.seed):
             for name in spec.names:
                 config = LoraConfig(
@@ -121,6 +119,8 @@ def inject(module: pl.LightningModule, spec: AdapterSpec) -> Adapters:
                     lora_dropout=spec.dropout,
                     target_modules=[f"inner.{path}" for path in paths],
                 )
+                holder = nn.Module()  # peft writes its notes on the module it is given, and warns when it finds any
+                holder.add_module("inner", module)
                 inject_adapter_in_model(config, holder, adapter_name=name)
         on_error.pop_all()
     for path in paths:

@@ -117,6 +117,7 @@ class PEGO(StepRecipe):
     use_when = "You fine-tune a pre-trained transformer on some domains and need it on unseen ones."
     costs = "No extra pass; N (N + 1) / 2 thin products a projection and step; nothing at test time."
     refuses = {name: "both adapt the attention's weights" for name in ("GLAD", "SVFit", "SaRA", "LoRA", "MakeElastic")}
+    of_weights_alone = True
     free_on_resume = frozenset({"merge_on_end"})
 
     adapters: Adapters | None = None
@@ -165,9 +166,7 @@ class PEGO(StepRecipe):
             )
 
     def extra_loss(self, step: Step) -> Mapping[str, Tensor]:
-        """lambda L_o, once an optimizer step: on the window's last micro-batch, times the accumulation that divides it."""
-        if step.trainer.fit_loop._should_accumulate():
-            return {}
+        """lambda L_o, once an optimizer step."""
         terms = [orthogonality(*pair) for pair in self.adapters.pairs()]
         preserve, diversify = (torch.stack(side).sum() for side in zip(*terms))
         step.log(self, {"preserve": preserve, "diversify": diversify})
@@ -178,9 +177,9 @@ class PEGO(StepRecipe):
             loss = loss + diversify
         loss = self.weight * loss
         self._steps += 1
-        if self._steps == 50 and step.loss is not None:
-            self._warn_if_it_dominates(loss, step.loss)
-        return {"orthogonal_loss": loss * step.trainer.accumulate_grad_batches}
+        if self._steps == 50:
+            self._warn_if_it_dominates(loss, step.own_loss)
+        return {"orthogonal_loss": loss}
 
     def _warn_if_it_dominates(self, penalty: Tensor, own: Tensor) -> None:
         penalty, own = float(penalty.detach()), float(own.detach())

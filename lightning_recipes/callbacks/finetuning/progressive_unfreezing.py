@@ -128,6 +128,7 @@ class ProgressiveUnfreezing(Recipe):
         self._scales: list[float] = []
         self._sleeping: frozenset[str] = frozenset()
         self._frozen_norms: list[nn.Module] = []
+        self._held: dict[nn.Module, bool] = {}  # batch norms in eval mode, with the mode that they had
         self._drops = False
         self._stage = 0
         self._stalls = 0
@@ -258,8 +259,15 @@ class ProgressiveUnfreezing(Recipe):
             self._plan.change_parameters(self._claim())
             self._log()
         if self.bn == "eval":
-            for norm in self._frozen_norms:
-                norm.eval()  # module.train() has switched it back at every epoch and after every validation
+            self._hold_norms(self._frozen_norms)
+
+    def _hold_norms(self, norms: Sequence[nn.Module]) -> None:
+        """Put these in eval mode (a ``train()`` of the module's may have switched them back) and let go of the rest."""
+        for norm in norms:
+            self._held.setdefault(norm, norm.training)
+            norm.eval()
+        for norm in self._held.keys() - set(norms):
+            norm.train(self._held.pop(norm))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._plan is not None:
@@ -286,8 +294,14 @@ class ProgressiveUnfreezing(Recipe):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
-        for norm in self._frozen_norms if self.bn == "eval" else ():
-            norm.train(pl_module.training)
+        self._finish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._finish()
+
+    def _finish(self) -> None:
+        self._hold_norms(())
         self._plan, self._frozen_norms = None, []
 
     # -- state -------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from lightning_recipes.core.attacks import Box, clip, sign_gradient
 from lightning_recipes.core.batch import get_input, with_input
 from lightning_recipes.core.distributed import all_sum
 from lightning_recipes.core.recipe import Paper, RecipeError, StepRecipe, check_argument
-from lightning_recipes.core.schedule import epochs_done, linear
+from lightning_recipes.core.schedule import linear
 from lightning_recipes.core.silence import modes_kept
 from lightning_recipes.core.step import Step
 
@@ -261,4 +261,4 @@ class AAER(StepRecipe):
 
 
 def _ramp(step: Step, epochs: float) -> float:
-    return linear(epochs_done(step.trainer) / epochs, 0.0, 1.0) if epochs else 1.0
+    return linear(step.epochs_done / epochs, 0.0, 1.0) if epochs else 1.0

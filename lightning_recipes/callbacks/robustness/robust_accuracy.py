@@ -2,13 +2,14 @@
 
 The protocol of fast adversarial training's evaluation: Wong, Rice, Kolter, "Fast is better than free", 2020
 (https://arxiv.org/abs/2001.03994); PGD-50-10 is 10 restarts of 50 steps of epsilon / 4. AutoAttack: Croce and Hein, 2020
-(https://arxiv.org/abs/2003.01690), through torchattacks (the `attacks` extra).
+(https://arxiv.org/abs/2003.01690), through pyautoattack (the `attacks` extra).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,31 +20,35 @@ from lightning_recipes.core.attacks import Box, Logits, RobustAccuracy, fgsm, pg
 from lightning_recipes.core.batch import get_input, with_input
 from lightning_recipes.core.diagnostics import History, where_to_draw
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.random import generator
+from lightning_recipes.core.random import forked, generator
 from lightning_recipes.core.recipe import Paper, Recipe, RecipeError, check_argument
 from lightning_recipes.core.step import observe
 
+_NEEDS_EXTRA = "attack='autoattack' needs pyautoattack: pip install 'lightning_recipes[attacks]'"
 
-def auto_attack(logits: Logits, x: Tensor, y: Tensor, epsilon: float, box: Box, classes: int) -> Tensor:
-    """The standard AutoAttack (APGD-CE, APGD-T, FAB-T, Square) under L-infinity.
+
+def auto_attack(logits: Logits, x: Tensor, y: Tensor, epsilon: float, box: Box, seed: int = 0) -> Tensor:
+    """The standard AutoAttack (APGD-CE, APGD-T, FAB-T, Square) under L-infinity, by its authors' code.
 
     Args:
         logits, x, y, epsilon, box: as in :func:`lightning_recipes.core.attacks.fgsm`.
-        classes: how many there are.
+        seed: of its random starts; the global random state is left as it was.
 
     Raises:
-        RecipeError: when torchattacks is not installed.
+        RecipeError: when pyautoattack is not installed.
     """
     try:
-        import torchattacks
+        from pyautoattack import AutoAttack
     except ImportError as error:
-        raise RecipeError("attack='autoattack' needs torchattacks: pip install 'lightning_recipes[attacks]'") from error
+        raise RecipeError(_NEEDS_EXTRA) from error
     low, high, unit = box.bounds(x)
     span = high - low  # AutoAttack works on [0, 1] images, with the normalisation inside the model
     model = _OnUnitImages(logits, low, span)
-    attack = torchattacks.AutoAttack(model, norm="Linf", eps=float(epsilon * (unit / span).max()), n_classes=classes)
-    attack.set_device(x.device)
-    return attack((x - low) / span, y) * span + low
+    radius = float(epsilon * (unit / span).max())
+    with forked(x.device):
+        attack = AutoAttack(model, norm="Linf", eps=radius, device=x.device, seed=seed)
+        attacked, _ = attack.run_standard_evaluation((x - low) / span, y, batch_size=len(x))
+    return attacked * span + low
 
 
 class _OnUnitImages(nn.Module):
@@ -62,7 +67,7 @@ class RobustAccuracyMonitor(Recipe):
     both over training at the end of a fit.
 
     Args:
-        attack: 'fgsm', 'pgd' or 'autoattack' (torchattacks).
+        attack: 'fgsm', 'pgd' or 'autoattack' (the `attacks` extra).
         epsilon: radius in pixel units of a [0, 1] image.
         steps, restarts, step_size: of 'pgd'; step_size None is epsilon / 4.
         mean, std, input_range: where the network's inputs live, as for AAER.
@@ -133,10 +138,8 @@ class RobustAccuracyMonitor(Recipe):
 
     def declare(self, plan: Plan) -> None:
         if self.attack == "autoattack":
-            from importlib.util import find_spec
-
-            if find_spec("torchattacks") is None:
-                raise RecipeError("attack='autoattack' needs torchattacks: pip install 'lightning_recipes[attacks]'")
+            if find_spec("pyautoattack") is None:
+                raise RecipeError(_NEEDS_EXTRA)
 
     # -- validation and test -----------------------------------------------------------------------------------------
 
@@ -169,7 +172,7 @@ class RobustAccuracyMonitor(Recipe):
             logits = lambda inputs: see(inputs).logits  # noqa: E731
             clean = see(x)
             y = clean.targets if not clean.targets.is_floating_point() else clean.targets.argmax(1)
-            self._robust.attack = self._attack(clean.logits.shape[1], batch_idx, trainer)
+            self._robust.attack = self._attack(batch_idx, trainer)
             self._robust.update(logits, x, y)
             self._clean.update(lambda _: clean.logits, x, y)
 
@@ -193,11 +196,11 @@ class RobustAccuracyMonitor(Recipe):
             title = f"accuracy under attack, epsilon {self.epsilon:.4g}"
             self._history.draw(folder / f"robust_accuracy_{self._name}.png", title, "accuracy")
 
-    def _attack(self, classes: int, batch_idx: int, trainer: pl.Trainer) -> Any:
+    def _attack(self, batch_idx: int, trainer: pl.Trainer) -> Any:
         if self.attack == "fgsm":
             return partial(fgsm, epsilon=self.epsilon, box=self._box)
         if self.attack == "autoattack":
-            return partial(auto_attack, epsilon=self.epsilon, box=self._box, classes=classes)
+            return partial(auto_attack, epsilon=self.epsilon, box=self._box, seed=self.seed)
         return partial(
             pgd,
             epsilon=self.epsilon,

@@ -1,0 +1,268 @@
+"""The ``lightning-recipes`` command.
+
+``fit``, ``validate``, ``test`` and ``predict`` are a LightningCLI (:mod:`lightning_recipes.trainer_cli`); ``list`` and
+``show`` print what the recipes say about themselves. Nothing heavy is imported until a command needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_recipes import __version__
+
+PROG = "lightning-recipes"
+TRAINER_COMMANDS = {
+    "fit": "train a module, with any recipes laid over it",
+    "validate": "evaluate on the validation data",
+    "test": "evaluate on the test data",
+    "predict": "predict on the data to predict",
+}
+EPILOG = f"""\
+configs:
+  A --config that is not a file here is looked up in the configs that come with the package; each one is laid over
+  those before it, and "callbacks+" in a recipe's config adds to the callbacks that are there already:
+
+    {PROG} fit --config base/digits_cnn.yaml --config recipes/aaer.yaml
+    {PROG} fit --config mine.yaml --trainer.callbacks+=AAER --trainer.callbacks.epsilon=0.1
+    {PROG} fit --config base/digits_cnn.yaml --print_config > mine.yaml
+
+  "{PROG} fit --help" lists every option of a command.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: the words after the program's name; ``None`` takes them from ``sys.argv``.
+
+    Returns:
+        The exit code. Bad usage exits with code 2 by ``SystemExit``, as argparse does.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if args and args[0] in TRAINER_COMMANDS:
+        from lightning_recipes.trainer_cli import run
+
+        return run(args)
+    parser = build_parser()
+    if not args:
+        parser.print_help()
+        return 0
+    parsed = parser.parse_args(args)
+    try:
+        if parsed.command == "list":
+            print(table(recipes(), markdown=parsed.markdown))
+        else:
+            print(card(find_recipe(parsed.name)))
+    except LookupError as error:
+        parser.error(str(error.args[0]))
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands in one help page; those of the Trainer are parsed by LightningCLI and stand here by name only."""
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        description="Train, evaluate and look up recipes: papers as callbacks for PyTorch Lightning.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
+    for name, summary in TRAINER_COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    listing = commands.add_parser("list", help="a table of all recipes", description="Print a table of all recipes.")
+    listing.add_argument("--markdown", action="store_true", help="print the table as Markdown, with links")
+    show = commands.add_parser(
+        "show",
+        help="one recipe: what it does and costs, its paper, arguments, config and evidence",
+        description="Print everything that is known about one recipe.",
+    )
+    show.add_argument("name", metavar="NAME", help=f"a recipe's class name, see '{PROG} list'")
+    return parser
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, type]:
+    """Every public callback that comes from a paper, by class name."""
+    from lightning_recipes import callbacks
+
+    public = {name: getattr(callbacks, name) for name in callbacks.__all__}
+    return {name: cls for name, cls in public.items() if getattr(cls, "paper", None) is not None}
+
+
+def find_recipe(name: str) -> type:
+    """Find a recipe by its class name, in any case.
+
+    Raises:
+        LookupError: there is none of that name; the message lists the closest ones.
+    """
+    known = recipes()
+    by_lower = {n.lower(): cls for n, cls in known.items()}
+    if name.lower() in by_lower:
+        return by_lower[name.lower()]
+    close = [known_name for n in difflib.get_close_matches(name.lower(), by_lower, cutoff=0.5) for known_name in known
+             if known_name.lower() == n]  # fmt: skip
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(known, key=str.lower))}."
+    raise LookupError(f"no recipe named {name!r}: {hint}")
+
+
+def purpose(recipe: type) -> str:
+    """The folder of ``lightning_recipes/callbacks`` that the recipe stands in: what a user would want it for."""
+    parts = recipe.__module__.split(".")
+    return parts[2] if parts[:2] == ["lightning_recipes", "callbacks"] and len(parts) > 3 else ""
+
+
+def table(recipes: Mapping[str, type], markdown: bool = False) -> str:
+    """All recipes, ordered by purpose and name, wrapped to the terminal's width or as a Markdown table."""
+    ordered = sorted(recipes.items(), key=lambda item: (purpose(item[1]), item[0].lower()))
+    if markdown:
+        lines = ["| recipe | for | does | paper |", "|---|---|---|---|"]
+        for name, cls in ordered:
+            paper = f"[{cls.paper.title}]({cls.paper.url}), {cls.paper.year}"
+            cells = (cell.replace("|", r"\|") for cell in (f"`{name}`", purpose(cls), cls.does, paper))
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
+    rows = [("RECIPE", "FOR", "YEAR", "DOES", "PAPER")]
+    rows += [(name, purpose(cls), str(cls.paper.year), cls.does, cls.paper.title) for name, cls in ordered]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    left = max(40, shutil.get_terminal_size((120, 24)).columns - sum(widths) - 2 * 4)
+    widths += [left * 3 // 5, left - left * 3 // 5]
+    return "\n".join(line for row in rows for line in _wrapped_row(row, widths))
+
+
+def _wrapped_row(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    wrapped = [textwrap.wrap(cell, width) or [""] for cell, width in zip(cells, widths, strict=True)]
+    for i in range(max(map(len, wrapped))):
+        columns = (lines[i] if i < len(lines) else "" for lines in wrapped)
+        yield "  ".join(text.ljust(width) for text, width in zip(columns, widths, strict=True)).rstrip()
+
+
+def card(recipe: type) -> str:
+    """One recipe's card: what it does and costs, its paper, its arguments, its configs and its evidence."""
+    name, paper = recipe.__name__, recipe.paper
+    facts = [("Use when", recipe.use_when), ("Costs", recipe.costs)]
+    facts += [("Paper", f"{paper.title}. {paper.authors}, {paper.year}."), ("", paper.url)]
+    facts += [("Code", paper.code)] if paper.code else []
+    lines = [f"{name} ({purpose(recipe)})" if purpose(recipe) else name, "", *_paragraph(recipe.does), ""]
+    lines += [line for label, text in facts for line in _paragraph(text, f"  {label:<10}")]
+    lines += ["", "Arguments", *(line for argument in arguments(recipe) for line in argument)]
+    lines += ["", "Import", f"  from lightning_recipes.callbacks import {name}"]
+    for path in config_files(recipe):
+        shown = path.relative_to(config_folder()).as_posix()
+        lines += ["", f"Config: --config {shown}", textwrap.indent(path.read_text(encoding="utf-8").rstrip(), "  ")]
+    lines += ["", "Evidence", *evidence(name)]
+    return "\n".join(lines)
+
+
+def _paragraph(text: str, first: str = "  ", rest: str | None = None) -> list[str]:
+    rest = " " * len(first) if rest is None else rest
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(" ".join(text.split()), 110, initial_indent=first, subsequent_indent=rest, **options)
+
+
+def arguments(recipe: type) -> Iterator[list[str]]:
+    """The lines for each constructor argument: ``name: type = default``, then what its docstring says."""
+    import docstring_parser
+
+    documented = {
+        name.strip(): param.description or ""
+        for source in (recipe.__doc__, recipe.__init__.__doc__)
+        for param in docstring_parser.parse(source or "").params
+        for name in param.arg_name.split(",")  # "mean, std: ..." tells of both
+    }
+    for name, parameter in inspect.signature(recipe).parameters.items():
+        kind = parameter.annotation  # text where the recipe's file postpones annotations
+        if not isinstance(kind, str):
+            kind = "Any" if kind is parameter.empty else inspect.formatannotation(kind)
+        default = "  (required)" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        lines = [f"  {name}: {kind}{default}"]
+        yield lines + (_paragraph(documented[name], "      ") if documented.get(name) else [])
+
+
+def evidence(name: str) -> list[str]:
+    """The lines of a recipe's measured claims, from ``evidence.json`` beside this file where it is there."""
+    path = Path(__file__).parent / "evidence.json"
+    claims = json.loads(path.read_text(encoding="utf-8")).get(name, []) if path.is_file() else []
+    lines: list[str] = []
+    for claim in claims:
+        lines += _paragraph(str(claim.get("claim", "")), "  - ")
+        figures = {"with": name, "without": "without", "seeds": "seeds"}
+        facts = [f"{figures.get(key, key)}: {value}" for key, value in claim.items() if key != "claim"]
+        lines += _paragraph("; ".join(facts), "    ") if facts else []
+    return lines or ["  none recorded yet"]
+
+
+# -- configs ---------------------------------------------------------------------------------------------------------
+
+
+def config_folder() -> Path:
+    """The folder of the configs that come with the package.
+
+    Raises:
+        FileNotFoundError: the installation is incomplete.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):  # in a wheel, in a checkout
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"lightning_recipes has no configs folder beside {package}; install it again")
+
+
+def config_files(recipe: type) -> list[Path]:
+    """The shipped recipe configs whose first callback is this recipe; without any, those that have it further down."""
+    import yaml
+
+    first, further = [], []
+    for path in sorted((config_folder() / "recipes").glob("*.yaml")):
+        trainer = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("trainer") or {}
+        callbacks: Any = trainer.get("callbacks+", trainer.get("callbacks")) or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        paths = [str(c.get("class_path") if isinstance(c, dict) else c) for c in callbacks]
+        names = [class_path.rsplit(".", 1)[-1] for class_path in paths]
+        if recipe.__name__ in names:
+            (first if names[0] == recipe.__name__ else further).append(path)
+    return first or further
+
+
+def find_config(value: str) -> str:
+    """Turn the value of a ``--config`` into one that can be opened.
+
+    Args:
+        value: a path, a URL or a whole config as text. A path that is no file seen from the current folder is looked
+            up in :func:`config_folder`.
+
+    Raises:
+        FileNotFoundError: it names a config file that is in neither place; the message lists what there is.
+    """
+    if "://" in value or os.path.isfile(value):
+        return value
+    folder = config_folder()
+    if os.path.isfile(folder / value):
+        return str(folder / value)
+    if not value.endswith((".yaml", ".yml", ".json")):
+        return value  # a config given as text, or something for jsonargparse to refuse
+    there = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.yaml"))
+    listed = "\n".join(f"  {name}" for name in there) or "  (nothing)"
+    raise FileNotFoundError(
+        f"config file {value!r} not found: looked in the current folder ({os.getcwd()}) and in the configs of"
+        f" lightning_recipes ({folder}), which has:\n{listed}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

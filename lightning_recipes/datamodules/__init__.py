@@ -1,0 +1,27 @@
+"""LightningDataModules: embedded real data, files, public sets by name, and wrappers that make a protocol of them."""
+
+from lightning_recipes.datamodules.arrays import ArrayDataModule
+from lightning_recipes.datamodules.base import DataModule
+from lightning_recipes.datamodules.digits import DigitsDataModule
+from lightning_recipes.datamodules.domains import DomainDataModule, RotatedDigitsDataModule
+from lightning_recipes.datamodules.few_shot import FewShotDataModule
+from lightning_recipes.datamodules.folders import ImageFolderDataModule
+from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
+from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
+from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
+
+__all__ = [
+    "ArrayDataModule",
+    "ByteTokenizer",
+    "CharDataModule",
+    "DataModule",
+    "DigitsDataModule",
+    "DomainDataModule",
+    "FewShotDataModule",
+    "ImageDataModule",
+    "ImageFolderDataModule",
+    "LabelledImages",
+    "RotatedDigitsDataModule",
+    "TextDataModule",
+    "TorchvisionDataModule",
+]

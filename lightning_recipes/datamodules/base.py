@@ -1,0 +1,136 @@
+"""The data loaders that every data module here shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_recipes.datamodules.samplers import EpochShuffle
+
+
+def require(ok: bool, name: str, value: Any, allowed: str) -> None:
+    """One form for every bad argument: its name, the value given, what is allowed."""
+    if not ok:
+        raise ValueError(f"{name}={value!r}: must be {allowed}")
+
+
+def find(path: str | os.PathLike, name: str = "path") -> str:
+    """The absolute path of a file or folder (``~`` and ``$VARIABLES`` are expanded), or one error that says where."""
+    full = os.path.abspath(os.path.expandvars(os.path.expanduser(os.fspath(path))))
+    if not os.path.exists(full):
+        raise FileNotFoundError(f"{name}={os.fspath(path)!r}: nothing there (looked for {full})")
+    return full
+
+
+class DataModule(LightningDataModule):
+    """Training, validation and test loaders over ``train_set``, ``val_set`` and ``test_set``.
+
+    A subclass fills the three sets and ``class_names`` in ``setup``; an empty or missing set has no loader.
+    The training loader shuffles, by (seed, ``seed_everything``'s seed, epoch): the order is the same after a resume and
+    shared out between the ranks of a distributed run. Splits depend on ``seed`` alone.
+
+    Args:
+        batch_size: samples in a batch of one process.
+        num_workers: worker processes of each loader.
+        pin_memory: page-locked host memory; None for: where there is a CUDA device.
+        persistent_workers: keep the workers between epochs (without workers it does nothing).
+        drop_last: drop the last, smaller training batch.
+        seed: of the splits, the shares and (together with the global seed) the order.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        persistent_workers: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        require(batch_size >= 1, "batch_size", batch_size, "an integer of at least 1")
+        require(num_workers >= 0, "num_workers", num_workers, "an integer of at least 0")
+        require(seed >= 0, "seed", seed, "an integer of at least 0")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.persistent_workers = persistent_workers
+        self.drop_last = drop_last
+        self.seed = seed
+        self.train_set: Any = None
+        self.val_set: Any = None
+        self.test_set: Any = None
+        self._class_names: list[str] | None = None
+        self.collate: Callable[[list], Any] | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each label; known after ``setup``."""
+        if self._class_names is None:
+            raise RuntimeError(f"{type(self).__name__}: class_names and num_classes are known after setup()")
+        return self._class_names
+
+    @class_names.setter
+    def class_names(self, names: list[str]) -> None:
+        self._class_names = [str(name) for name in names]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; known after ``setup``."""
+        return len(self.class_names)
+
+    def train_dataloader(self) -> DataLoader:
+        sampler = EpochShuffle(self.train_set, shuffle=True, seed=self.order_seed, **self.shard)
+        return self.training_loader(sampler, self.batch_size, self.drop_last)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self.evaluation_loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self.evaluation_loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self.test_dataloader()
+
+    @property
+    def shard(self) -> dict[str, int]:
+        """``num_replicas`` and ``rank`` of this process in the run that the module is attached to."""
+        running = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return dict(running or {"num_replicas": 1, "rank": 0})
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the training order: another ``seed_everything`` gives another order, as with Lightning's sampler."""
+        return self.seed + int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def training_loader(self, sampler: Sampler, batch_size: int, drop_last: bool) -> DataLoader:
+        if len(sampler) < (batch_size if drop_last else 1):
+            raise ValueError(
+                f"batch_size={batch_size}, drop_last={drop_last}: not one batch in the {len(sampler)} training samples "
+                "of this process; take a smaller batch_size or a larger fraction"
+            )
+        if self.trainer is not None and hasattr(sampler, "set_epoch"):
+            # Workers read before Lightning first calls set_epoch: after a resume that would be the wrong order.
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        return self._loader(self.train_set, batch_size=batch_size, sampler=sampler, drop_last=drop_last)
+
+    def evaluation_loader(self, dataset: Dataset | None) -> DataLoader | list[DataLoader]:
+        """In order, every sample once; an empty list, which Lightning skips, where there is nothing to evaluate."""
+        if dataset is None or len(dataset) == 0:
+            return []
+        return self._loader(dataset, batch_size=self.batch_size, shuffle=False)
+
+    def _loader(self, dataset: Dataset, **kwargs: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            collate_fn=self.collate,
+            **kwargs,
+        )

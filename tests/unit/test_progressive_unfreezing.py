@@ -1,0 +1,523 @@
+"""Progressive unfreezing: when groups wake, at what rate, and that sleeping costs and changes nothing."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    LambdaLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    StepLR,
+)
+
+from lightning_recipes.callbacks import ProgressiveUnfreezing
+from lightning_recipes.callbacks.finetuning.progressive_unfreezing import awake, group_scales
+from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.schedule import At, EveryN, Plateau, geometric
+
+X, Y = samples(16)
+GROUPS = ["net.4", "net.2", "net.0"]  # of the mlp, the head first
+Unfreeze = partial(ProgressiveUnfreezing, groups=GROUPS, lr_scale=None)
+
+
+def fit(module, *callbacks, epochs=4, val=False, **kwargs):
+    trainer = quiet(callbacks=list(callbacks), max_epochs=epochs, **kwargs)
+    trainer.fit(module, loader(X, Y), loader(X, Y) if val else None)
+    return trainer
+
+
+class Stages:
+    """Which layers have a gradient at each update."""
+
+    def __init__(self):
+        self.seen = []
+        self.watch = Watch(on_train_batch_end=self.note)
+
+    def note(self, trainer, module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.seen.append("".join(str(i) for i in (0, 2, 4) if module.net[i].weight.grad is not None))
+
+
+# -- pure functions -------------------------------------------------------------------------------------------------
+
+
+def test_the_floor_rule_of_the_paper():
+    """Card: E = 20 gives 2, 6, 12 and E = 30 gives 3, 9, 18."""
+    for epochs, expected in ((20, [0, 2, 6, 12]), (30, [0, 3, 9, 18])):
+        assert At((0, 0.10, 0.30, 0.60)).times(4, quiet(max_epochs=epochs)) == expected
+    assert At((0, 0.5, 0.99, math.inf)).times(4, quiet(max_epochs=3)) == [0, 1, 2, math.inf]
+    assert At((0, 3, 5)).times(3, quiet(max_epochs=-1)) == [0, 3, 5]
+
+
+def test_how_many_are_awake():
+    times = [0, 2, 2, 6, math.inf]
+    assert [awake(times, now) for now in (0, 1, 2, 5, 6, 1000)] == [1, 1, 3, 3, 4, 4]
+    assert EveryN(5).times(3, quiet()) == [0, 5, 10]
+
+
+def test_ulmfit_rates():
+    rates = [0.01 * s for s in group_scales(1 / 2.6, 4)]
+    assert rates == pytest.approx([0.01, 0.003846, 0.001479, 0.000569], abs=5e-7)
+
+
+def test_scales():
+    assert group_scales(None, 3) == [1, 1, 1]
+    assert group_scales((1, 0.5), 2) == [1, 0.5]
+    with pytest.raises(RecipeError, match="2 factors for 3 groups"):
+        group_scales((1, 0.5), 3)
+
+
+def test_geometric_rates():
+    assert geometric(1e-5, 1e-3, 3) == pytest.approx([1e-5, 1e-4, 1e-3])
+
+
+def test_a_plateau_stalls_after_patience_checks_without_improvement():
+    plateau = Plateau(patience=2, min_delta=0.1)
+    assert [plateau.stalled(v) for v in (1.0, 0.8, 0.75, 0.75, 0.75, 0.5, 0.5)] == [
+        False,
+        False,
+        False,
+        True,  # two checks within 0.1 of 0.8; the count starts anew
+        False,
+        False,
+        False,
+    ]
+    up = Plateau(patience=1, mode="max")
+    assert [up.stalled(v) for v in (0.1, 0.2, 0.2, 0.1)] == [False, False, True, False]
+
+
+# -- when -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mechanism", ["rewrap", "drop_grad"])
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        ((0, 1, 2), ["4"] * 4 + ["24"] * 4 + ["024"] * 8),
+        ((0, 0.25, 0.75), ["4"] * 4 + ["24"] * 8 + ["024"] * 4),
+        ((0, 0, 3), ["24"] * 12 + ["024"] * 4),
+        ((0, 1, math.inf), ["4"] * 4 + ["24"] * 12),
+        (EveryN(1), ["4"] * 4 + ["24"] * 4 + ["024"] * 8),
+        (EveryN(3, unit="step"), ["4"] * 3 + ["24"] * 3 + ["024"] * 10),
+        (At((0, 5, 6), unit="step"), ["4"] * 5 + ["24"] + ["024"] * 10),
+        (At((0, 0.25, 0.5), unit="step"), ["4"] * 4 + ["24"] * 4 + ["024"] * 8),
+    ],
+)
+def test_groups_wake_on_time(at, expected, mechanism):
+    stages = Stages()
+    fit(Classifier(), Unfreeze(at=at, mechanism=mechanism), stages.watch)
+    assert stages.seen == expected
+
+
+def test_nothing_wakes_inside_an_accumulation_window():
+    stages = Stages()
+    fit(Classifier(), Unfreeze(at=EveryN(1, unit="step")), stages.watch, accumulate_grad_batches=2)
+    assert stages.seen == ["4", "24"] + ["024"] * 6
+
+
+def test_a_plateau_wakes_the_next_group():
+    """The metric stands still: the first check after each waking is the new mark, the second wakes one."""
+
+    class Constant(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", 1.0)
+
+    stages, recipe = Stages(), Unfreeze(at=Plateau(patience=1))
+    fit(Constant(), recipe, stages.watch, epochs=5, val=True)
+    assert stages.seen == ["4"] * 8 + ["24"] * 8 + ["024"] * 4
+    assert recipe.state() == {"stage": 3, "stalls": 2, "best": 1.0, "waited": 0}
+
+
+def test_the_default_groups_and_times():
+    """'auto' cuts the network; layers below the last time never train."""
+    net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)], nn.Linear(6, 3))
+    module = Classifier(net)
+    start = weights(net)
+    fit(module, ProgressiveUnfreezing(at=(0, 1, 2), lr_scale=0.5), epochs=3)
+    moved = {i for i in range(6) if not torch.equal(net[i].weight, start[f"{i}.weight"])}
+    assert moved == {3, 4, 5}
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_never_and_nested_groups():
+    module = Classifier()
+    stages = Stages()
+    recipe = Unfreeze(groups=["head", ["net.2.weight", "net.0.*"]], at=(0, 1), never=["net.2.bias"])
+    fit(module, recipe, stages.watch, epochs=2)
+    assert stages.seen == ["4"] * 4 + ["024"] * 4
+    assert torch.equal(module.net[2].bias, mlp()[2].bias)
+
+
+def test_it_logs_stage_and_size():
+    sizes = []
+    watch = Watch(
+        on_train_batch_end=lambda trainer, *rest: sizes.append(
+            (trainer.callback_metrics["unfreeze/stage"].item(), trainer.callback_metrics["unfreeze/trainable_params"].item())
+        )
+    )
+    fit(Classifier(), Unfreeze(at=(0, 1, 2), mechanism="rewrap"), watch)
+    assert sizes[::4] == [(1, 18), (2, 18 + 30), (3, 18 + 30 + 35), (3, 83)]
+
+
+# -- limit cases --------------------------------------------------------------------------------------------------
+
+
+def adamw(parameters):
+    return AdamW(parameters, lr=0.01, weight_decay=0.1)
+
+
+def test_all_awake_from_the_start_is_bitwise_the_plain_fit():
+    plain, neutral = Classifier(optimizer=adamw), Classifier(optimizer=adamw)
+    recipe = ProgressiveUnfreezing(groups=GROUPS, at=(0, 0, 0), lr_scale=1.0)
+    assert recipe.neutral
+    fit(plain)
+    fit(neutral, recipe)
+    assert same(weights(plain), weights(neutral))
+
+
+@pytest.mark.parametrize("mechanism", ["rewrap", "drop_grad"])
+def test_groups_that_never_wake_equal_training_the_head_alone(mechanism):
+    module = Classifier(optimizer=adamw)
+    trainer = fit(module, Unfreeze(at=(0, math.inf, math.inf), mechanism=mechanism))
+    head = Classifier(optimizer=lambda _: adamw(head.net[4].parameters()))
+    head.net[0].requires_grad_(False)
+    head.net[2].requires_grad_(False)
+    fit(head)
+    assert same(weights(module), weights(head))
+    assert same(weights(module.net[0]), weights(mlp()[0]))
+    state = trainer.optimizers[0].state
+    assert {id(p) for p in state} == {id(p) for p in module.net[4].parameters()}
+
+
+@pytest.mark.parametrize("mechanism", ["rewrap", "drop_grad"])
+def test_a_dormant_group_is_bitwise_unchanged_and_has_no_state_until_it_wakes(mechanism):
+    seen = []
+
+    def look(trainer, module, *rest):
+        state = trainer.optimizers[0].state
+        changed = not torch.equal(module.net[0].weight, mlp()[0].weight)
+        seen.append((changed, bool(state.get(module.net[0].weight))))
+
+    fit(Classifier(optimizer=adamw), Unfreeze(at=(0, 1, 2), mechanism=mechanism), Watch(on_train_batch_end=look))
+    assert seen == [(False, False)] * 8 + [(True, True)] * 8
+
+
+@pytest.mark.parametrize("make", [adamw, partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1)])
+def test_both_mechanisms_give_the_same_weights(make):
+    results = []
+    for mechanism in ("rewrap", "drop_grad"):
+        module = Classifier(optimizer=make)
+        fit(
+            module,
+            Unfreeze(at=(0, 1, 2), lr_scale=0.5, mechanism=mechanism),
+            gradient_clip_val=0.05,
+            accumulate_grad_batches=2,
+        )
+        results.append(weights(module))
+    assert same(*results)
+
+
+def test_weight_decay_of_each_group():
+    decays, scales = (0.0, 0.2, 0.4), (1.0, 0.5, 0.25)
+    reference = Classifier(
+        optimizer=lambda _: AdamW(
+            [
+                {"params": list(reference.get_submodule(g).parameters()), "lr": 0.01 * s, "weight_decay": d}
+                for g, s, d in zip(GROUPS, scales, decays, strict=True)
+            ]
+        )
+    )
+    fit(reference)
+    module = Classifier(optimizer=adamw)
+    fit(module, ProgressiveUnfreezing(groups=GROUPS, at=(0, 0, 0), lr_scale=scales, weight_decay=decays))
+    assert same(weights(module), weights(reference))
+
+
+def test_zero_biases_and_fresh_norms_are_trained_once_awake():
+    """Lightning's BaseFinetuning leaves out what equals a tensor that the optimizer holds already."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    for layer in net:
+        nn.init.zeros_(layer.bias)
+    module = Classifier(net)
+    start = weights(net)
+    fit(module, Unfreeze(groups=["net.4", ["net.3", "net.2"], ["net.1", "net.0"]], at=(0, 1, 2)))
+    assert not any(torch.equal(start[name], p) for name, p in net.named_parameters() if name not in ("0.bias", "2.bias"))
+
+
+# -- rates ----------------------------------------------------------------------------------------------------------
+
+
+class Records(SGD):
+    """Writes down the rate of each layer at every update."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rates = []
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.rates.append({id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]})
+        return loss
+
+
+SCHEDULERS = {
+    "one cycle": (lambda o: OneCycleLR(o, max_lr=0.1, total_steps=17), "step"),
+    "cosine": (lambda o: CosineAnnealingLR(o, T_max=16), "step"),
+    "warm restarts": (lambda o: CosineAnnealingWarmRestarts(o, T_0=5), "step"),
+    "lambda": (lambda o: LambdaLR(o, lambda step: 1 / (step + 1)), "step"),
+    "lambda list": (lambda o: LambdaLR(o, [lambda step: 0.9**step]), "epoch"),
+    "step": (lambda o: StepLR(o, 2, gamma=0.3), "epoch"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_runs_and_each_group_follows_it_at_its_scale(name):
+    make, interval = SCHEDULERS[name]
+
+    def configure(parameters):
+        optimizer = Records(parameters, lr=0.1, momentum=0.9)
+        return [optimizer], [{"scheduler": make(optimizer), "interval": interval}]
+
+    module = Classifier(optimizer=configure)
+    trainer = fit(module, Unfreeze(at=(0, 1, 2), lr_scale=(1.0, 0.5, 0.1)))
+
+    alone = SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    scheduler, expected = make(alone), []
+    for batch in range(16):
+        expected.append(alone.param_groups[0]["lr"])
+        alone.step()
+        if interval == "step" or batch % 4 == 3:
+            scheduler.step()
+    rates = trainer.optimizers[0].rates
+    for layer, scale in ((4, 1.0), (2, 0.5), (0, 0.1)):
+        mine = [step[id(module.net[layer].weight)] for step in rates]
+        assert mine == pytest.approx([scale * lr for lr in expected], rel=1e-6)
+    assert len(trainer.optimizers[0].param_groups) == 1
+
+
+def test_reduce_on_plateau_reduces_all_groups_alike():
+    class Constant(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", 1.0)
+
+    def configure(parameters):
+        optimizer = Records(parameters, lr=0.1)
+        scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0, min_lr=1e-4)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+    module = Constant(optimizer=configure)
+    trainer = fit(module, Unfreeze(at=(0, 1, 2), lr_scale=(1.0, 0.5, 0.1)), val=True)
+    for layer, scale in ((4, 1.0), (2, 0.5), (0, 0.1)):
+        mine = [step[id(module.net[layer].weight)] for step in trainer.optimizers[0].rates][::4]
+        assert mine == pytest.approx([0.1 * scale * f for f in (1, 1, 0.5, 0.25)])
+
+
+# -- batch-norm -------------------------------------------------------------------------------------------------------
+
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("bn", "weights_move", "statistics_move", "mode"),
+    [("follow", False, True, True), ("train", True, True, True), ("eval", False, False, False)],
+)
+def test_what_frozen_batch_norm_does(bn, weights_move, statistics_move, mode):
+    modes = []
+    watch = Watch(on_before_backward=lambda trainer, module, *rest: modes.append(module.net[1].training))
+    module, start = Classifier(normed()), weights(normed())
+    recipe = ProgressiveUnfreezing(groups=["net.3", ["net.1", "net.0"]], at=(0, math.inf), bn=bn, lr_scale=None)
+    fit(module, recipe, watch, epochs=2, val=True)
+    assert torch.equal(module.net[1].weight, start["1.weight"]) != weights_move
+    assert torch.equal(module.net[1].running_mean, start["1.running_mean"]) != statistics_move
+    assert torch.equal(module.net[0].weight, start["0.weight"])
+    assert modes == [mode] * 8
+    assert module.net[1].training == module.training
+
+
+def test_frozen_batch_norm_in_eval_mode_normalises_by_its_statistics():
+    outputs = []
+
+    class Looks(Classifier):
+        def training_step(self, batch, batch_idx):
+            outputs.append(self.net[:2](batch[0]).detach())
+            return super().training_step(batch, batch_idx)
+
+    module, net = Looks(normed()), normed().eval()
+    recipe = ProgressiveUnfreezing(groups=["net.3", ["net.1", "net.0"]], at=(0, 1), bn="eval", lr_scale=None)
+    fit(module, recipe, epochs=2)
+    assert torch.allclose(outputs[3], net[:2](X[12:]))
+    assert module.net[1].num_batches_tracked == 8  # awake in the second epoch, where each step runs it twice
+
+
+def test_batch_norm_is_back_in_the_modules_mode_after_an_exception():
+    def fail(*args):
+        raise RuntimeError("user's own")
+
+    module = Classifier(normed())
+    recipe = ProgressiveUnfreezing(groups=["net.3", ["net.1", "net.0"]], at=(0, 1), bn="eval", lr_scale=None)
+    with pytest.raises(RuntimeError, match="user's own"):
+        fit(module, recipe, Watch(on_train_batch_end=fail))
+    assert module.net[1].training == module.training
+    assert all(p.requires_grad for p in module.parameters())
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [4, 8, 12])
+@pytest.mark.parametrize("at", [(0, 1, 2), EveryN(3, unit="step")])
+def test_a_resumed_fit_ends_where_the_whole_one_does(at, steps, tmp_path):
+    def module():
+        return Classifier(optimizer=lambda p: AdamW(p, lr=0.01))
+
+    whole = module()
+    fit(whole, Unfreeze(at=at, lr_scale=0.5))
+    save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=steps, save_top_k=1)
+    trainer = quiet(max_epochs=4, max_steps=steps, callbacks=[Unfreeze(at=at, lr_scale=0.5), save], enable_checkpointing=True)
+    trainer.fit(module(), loader(X, Y))
+    resumed, stages = module(), Stages()
+    trainer = quiet(max_epochs=4, callbacks=[Unfreeze(at=at, lr_scale=0.5), stages.watch])
+    trainer.fit(resumed, loader(X, Y), ckpt_path=tmp_path / "last.ckpt")
+    assert stages.seen[0] == ("24" if steps == 4 else "024")
+    assert same(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_of_other_arguments_is_refused(tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=4)
+    quiet(max_epochs=1, callbacks=[Unfreeze(at=(0, 1, 2)), save], enable_checkpointing=True).fit(Classifier(), loader(X, Y))
+    with pytest.raises(RecipeError, match=r"at=\[0, 1, 2\] in the checkpoint but \[0, 1, 3\] here"):
+        quiet(max_epochs=4, callbacks=[Unfreeze(at=(0, 1, 3))]).fit(
+            Classifier(), loader(X, Y), ckpt_path=tmp_path / "last.ckpt"
+        )
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"groups": "head"}, "groups must be 'auto' or a list; got 'head'"),
+        ({"bn": "frozen"}, "bn must be 'follow', 'train' or 'eval'; got 'frozen'"),
+        ({"mechanism": "fast"}, "mechanism must be"),
+        ({"lr_scale": (1.0, 0.0)}, "lr_scale must be positive"),
+        ({"weight_decay": (-1.0,)}, "weight_decay must be non-negative"),
+        ({"at": (0, 1.5)}, "at must be epochs or steps"),
+        ({"at": (0, -1)}, "at must be epochs or steps"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        ProgressiveUnfreezing(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EveryN(0), "n must be at least 1"),
+        (lambda: EveryN(1, unit="batch"), "unit must be 'epoch' or 'step'"),
+        (lambda: At((0,), unit="batch"), "unit must be 'epoch' or 'step'"),
+        (lambda: Plateau(patience=0), "patience must be at least 1"),
+        (lambda: Plateau(mode="up"), "mode must be 'min' or 'max'"),
+    ],
+)
+def test_bad_schedules(make, message):
+    with pytest.raises(RecipeError, match=message):
+        make()
+
+
+def manual():
+    module = Classifier()
+    module.automatic_optimization = False
+    return module
+
+
+def head_only():
+    module = Classifier(optimizer=lambda _: SGD(module.net[4].parameters(), lr=0.1))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("recipe", "module", "message"),
+    [
+        (Unfreeze(at=(0, 2, 1)), Classifier, r"at must not decrease; got \[0, 2, 1\]"),
+        (Unfreeze(at=(0, 1)), Classifier, "at has 2 times for 3 groups"),
+        (Unfreeze(at=(0, 1, 2), lr_scale=(1.0, 0.5)), Classifier, "lr_scale has 2 factors for 3 groups"),
+        (Unfreeze(at=(0, 1, 2), weight_decay=(0.1,)), Classifier, "weight_decay has 1 values for 3 groups"),
+        (Unfreeze(groups=["net.4", "nothing"], at=(0, 1)), Classifier, r"groups: 'nothing' matches no parameter.*net\.0"),
+        (Unfreeze(at=(0, 1, 2), never=["nothing"]), Classifier, "never: 'nothing' matches no parameter"),
+        (Unfreeze(groups=["net.4", "net"], at=(0, 1)), Classifier, r"parameter 'net\.4\.weight' is in .*'net\.4'.* and in \['net'\]"),
+        (Unfreeze(groups=["net.4", "net.0"], at=(0, 1)), Classifier, r"2 parameters are in no group, the first 'net\.2\.weight'"),
+        (Unfreeze(groups="auto", at=(0, 1, 2, 3)), Classifier, "at has 4 times and the network 3 groups"),
+        (Unfreeze(at=(math.inf, math.inf, math.inf), mechanism="rewrap"), Classifier, "every parameter would be frozen"),
+        (Unfreeze(at=(0, 1, 2)), manual, "automatic optimization"),
+        (Unfreeze(at=(0, 1, 2)), head_only, r"4 parameters that are to train are in no optimizer, the first 'net\.0\.weight'"),
+        (Unfreeze(at=(0, 1, 2), mechanism="drop_grad"), head_only, "4 parameters that are to train are in no optimizer"),
+    ],
+)
+def test_what_cannot_work_is_an_error_before_training(recipe, module, message):
+    built = module()
+    with pytest.raises(RecipeError, match=message):
+        fit(built, recipe)
+    assert same(weights(built.net), weights(mlp()))
+    assert all(p.requires_grad for p in built.parameters())
+    assert "configure_optimizers" not in built.__dict__
+
+
+def test_fractions_need_a_finite_fit():
+    with pytest.raises(RecipeError, match=r"needs Trainer\(max_epochs=\.\.\.\); it is -1"):
+        fit(Classifier(), Unfreeze(at=(0, 0.5, 0.6)), epochs=-1, max_steps=3)
+
+
+def test_a_group_that_never_wakes_is_named_in_a_warning():
+    with pytest.warns(UserWarning, match=r"groups \['net.2', 'net.0'\] never wake"):
+        fit(Classifier(), Unfreeze(at=(0, 4, 7)))
+
+
+def test_lightnings_own_finetuning_beside_it_is_refused():
+    class Both(Classifier):
+        @property
+        def backbone(self):
+            return self.net[0]
+
+    with pytest.raises(RecipeError, match="ProgressiveUnfreezing and BackboneFinetuning both decide what trains"):
+        fit(Both(), Unfreeze(at=(0, 1, 2)), BackboneFinetuning(unfreeze_backbone_at_epoch=1))
+
+
+def test_a_metric_that_was_never_logged_is_an_error():
+    with pytest.raises(RecipeError, match=r"Plateau monitors 'val/f1', which was not logged; logged are .*val/loss"):
+        fit(Classifier(), Unfreeze(at=Plateau("val/f1")), val=True)
+
+
+def test_what_the_user_froze_wakes_only_when_named():
+    module = Classifier()
+    module.net[0].requires_grad_(False)
+    fit(module, ProgressiveUnfreezing(at=(0, 1, 2), lr_scale=None))
+    assert torch.equal(module.net[0].weight, mlp()[0].weight)
+    module = Classifier()
+    module.net[0].requires_grad_(False)
+    fit(module, Unfreeze(at=(0, 1, 2)))
+    assert not torch.equal(module.net[0].weight, mlp()[0].weight)
+    assert not module.net[0].weight.requires_grad
+
+
+def test_the_loss_still_falls():
+    module = Classifier(optimizer=adamw)
+    before = F.cross_entropy(module(X), Y).item()
+    fit(module, Unfreeze(at=(0, 1, 2)), epochs=20)
+    assert F.cross_entropy(module(X), Y).item() < before
