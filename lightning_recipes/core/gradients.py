@@ -108,7 +108,7 @@ class Window:
         undo.callback(self._steps.clear)
 
     def _step(self, *args: Any) -> Any:
-        if not self._recording:
+        if not (self._recording and self.trainer.training):
             return self._patch.original(*args)
         if self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._steps.clear()

@@ -239,6 +239,8 @@ class StepSocket:
 
     def _step(self, batch: Any, *rest: Any) -> Any:
         run = self._patch.original
+        if not self.trainer.training:  # a module that validates by its training step
+            return run(batch, *rest)
         step = Step(self.trainer, self.module, run, batch, rest, self.recipes, self.select)
         for recipe in self.recipes:
             if recipe.overrides("transform_batch"):

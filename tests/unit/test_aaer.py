@@ -236,9 +236,7 @@ def test_the_modules_label_smoothing_and_class_weights_are_attacked_too():
 def test_warm_up_ramps_step_projection_and_regulariser():
     """Batch b of 4 in an epoch: min(b / (4 epochs), 1)."""
     module = Classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
-    recipe = AAER(
-        epsilon=0.3, lambda1=1.5, lambda2=2.5, lambda3=3.0, attack_warmup_epochs=1.5, reg_warmup_epochs=4
-    )
+    recipe = AAER(epsilon=0.3, lambda1=1.5, lambda2=2.5, lambda3=3.0, attack_warmup_epochs=1.5, reg_warmup_epochs=4)
     fit(module, recipe, epochs=6)
     ramp = lambda batch: (min(batch / 6, 1), min(batch / 16, 1))  # noqa: E731
     net, _ = by_hand(mlp(), lambdas=(1.5, 2.5, 3.0), epochs=6, lr=1.0, ramp=ramp)

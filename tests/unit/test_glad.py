@@ -66,7 +66,9 @@ def test_mix_0_and_1_are_exact():
 
 
 def test_measures():
-    values = measures([torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.tensor([0.0, 2.0]), torch.tensor([1.0])], 7)
+    values = measures(
+        [torch.tensor([3.0, 0.0]), torch.tensor([4.0])], [torch.tensor([0.0, 2.0]), torch.tensor([1.0])], 7
+    )
     assert values["glad/grad_norm"].item() == 5
     assert values["glad/sam_grad_norm"].item() == pytest.approx(math.sqrt(5))
     assert values["glad/cosine"].item() == pytest.approx(4 / (5 * math.sqrt(5)))
@@ -155,9 +157,7 @@ def test_accumulated_batches_are_one_batch(accumulate):
 
 def test_clipping_sees_the_mixture():
     module = Classifier(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
-    fit(
-        module, GLAD(mix=1.0, rho=0.3, rank=None), epochs=1, limit_train_batches=1, gradient_clip_val=1e-2
-    )
+    fit(module, GLAD(mix=1.0, rho=0.3, rank=None), epochs=1, limit_train_batches=1, gradient_clip_val=1e-2)
     net = mlp()
     moved = torch.cat([(a - b).flatten() for a, b in zip(module.net.parameters(), net.parameters(), strict=True)])
     assert moved.norm().item() == pytest.approx(1e-2, rel=1e-3)
@@ -180,7 +180,9 @@ def test_mix_0_without_adapters_is_bitwise_the_plain_fit():
 
 
 def test_mix_0_with_adapters_is_bitwise_plain_lora():
-    reference = Classifier(optimizer=lambda _: torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad]))
+    reference = Classifier(
+        optimizer=lambda _: torch.optim.AdamW([p for p in reference.parameters() if p.requires_grad])
+    )
     torch.manual_seed(5)
     inject_adapter_in_model(
         LoraConfig(r=2, lora_alpha=8, lora_dropout=0.3, target_modules=LAYERS), reference, adapter_name="glad"
@@ -319,7 +321,11 @@ def frozen_head():
         (Classifier, [GLAD()], "no attention block"),
         (Classifier, [GLAD(rank=None, replay="nothing")], "replay='nothing' is no method of Classifier"),
         (frozen_head, [GLAD(target_modules=LAYERS)], "GLAD: 'net.4.weight' is to train beside the adapters"),
-        (Classifier, [GLAD(target_modules=["0"]), PEGO(target=["2"])], "GLAD and PEGO cannot share a Trainer: both adapt"),
+        (
+            Classifier,
+            [GLAD(target_modules=["0"]), PEGO(target=["2"])],
+            "GLAD and PEGO cannot share a Trainer: both adapt",
+        ),
         (lambda: Classifier(optimizer=torch.optim.LBFGS), [GLAD(rank=None)], "LBFGS"),
     ],
 )

@@ -114,9 +114,7 @@ def plain_lora(rank, seed, names=("g0",)):
     module = Classifier(optimizer=lambda _: torch.optim.AdamW([p for p in module.parameters() if p.requires_grad]))
     torch.manual_seed(seed)
     for name in names:
-        inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), module, adapter_name=name
-        )
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LAYERS), module, adapter_name=name)
     module.net[4].requires_grad_(True)
     return module
 
@@ -165,9 +163,7 @@ def test_a_fit_equals_the_dense_loop(preserve, diversify, accumulate):
         values.update({name: p.detach().clone() for name, p in module.named_parameters()})
 
     module = Classifier()
-    recipe = PEGO(
-        rank=2, groups=2, weight=0.01, target=LAYERS, preserve=preserve, diversify=diversify, scaling=2.0
-    )
+    recipe = PEGO(rank=2, groups=2, weight=0.01, target=LAYERS, preserve=preserve, diversify=diversify, scaling=2.0)
     fit(module, recipe, Watch(on_train_start=copy_values), epochs=2, accumulate_grad_batches=accumulate)
 
     free = {n: v.requires_grad_() for n, v in values.items() if "lora_" in n or n.startswith("net.4")}

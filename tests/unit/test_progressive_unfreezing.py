@@ -163,7 +163,10 @@ def test_it_logs_stage_and_size():
     sizes = []
     watch = Watch(
         on_train_batch_end=lambda trainer, *rest: sizes.append(
-            (trainer.callback_metrics["unfreeze/stage"].item(), trainer.callback_metrics["unfreeze/trainable_params"].item())
+            (
+                trainer.callback_metrics["unfreeze/stage"].item(),
+                trainer.callback_metrics["unfreeze/trainable_params"].item(),
+            )
         )
     )
     fit(Classifier(), Unfreeze(at=(0, 1, 2), mechanism="rewrap"), watch)
@@ -253,7 +256,9 @@ def test_zero_biases_and_fresh_norms_are_trained_once_awake():
     module = Classifier(net)
     start = weights(net)
     fit(module, Unfreeze(groups=["net.4", ["net.3", "net.2"], ["net.1", "net.0"]], at=(0, 1, 2)))
-    assert not any(torch.equal(start[name], p) for name, p in net.named_parameters() if name not in ("0.bias", "2.bias"))
+    assert not any(
+        torch.equal(start[name], p) for name, p in net.named_parameters() if name not in ("0.bias", "2.bias")
+    )
 
 
 # -- rates ----------------------------------------------------------------------------------------------------------
@@ -388,7 +393,9 @@ def test_a_resumed_fit_ends_where_the_whole_one_does(at, steps, tmp_path):
     whole = module()
     fit(whole, Unfreeze(at=at, lr_scale=0.5))
     save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=steps, save_top_k=1)
-    trainer = quiet(max_epochs=4, max_steps=steps, callbacks=[Unfreeze(at=at, lr_scale=0.5), save], enable_checkpointing=True)
+    trainer = quiet(
+        max_epochs=4, max_steps=steps, callbacks=[Unfreeze(at=at, lr_scale=0.5), save], enable_checkpointing=True
+    )
     trainer.fit(module(), loader(X, Y))
     resumed, stages = module(), Stages()
     trainer = quiet(max_epochs=4, callbacks=[Unfreeze(at=at, lr_scale=0.5), stages.watch])
@@ -399,7 +406,9 @@ def test_a_resumed_fit_ends_where_the_whole_one_does(at, steps, tmp_path):
 
 def test_a_checkpoint_of_other_arguments_is_refused(tmp_path):
     save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=4)
-    quiet(max_epochs=1, callbacks=[Unfreeze(at=(0, 1, 2)), save], enable_checkpointing=True).fit(Classifier(), loader(X, Y))
+    quiet(max_epochs=1, callbacks=[Unfreeze(at=(0, 1, 2)), save], enable_checkpointing=True).fit(
+        Classifier(), loader(X, Y)
+    )
     with pytest.raises(RecipeError, match=r"at=\[0, 1, 2\] in the checkpoint but \[0, 1, 3\] here"):
         quiet(max_epochs=4, callbacks=[Unfreeze(at=(0, 1, 3))]).fit(
             Classifier(), loader(X, Y), ckpt_path=tmp_path / "last.ckpt"
@@ -457,17 +466,41 @@ def head_only():
     [
         (Unfreeze(at=(0, 2, 1)), Classifier, r"at must not decrease; got \[0, 2, 1\]"),
         (Unfreeze(at=(0, 1)), Classifier, "at has 2 times for 3 groups"),
-        (Unfreeze(at=(0, 1, 2), lr_scale=(1.0, 0.5)), Classifier, "lr_scale has 2 factors for 3 groups"),
+        (Unfreeze(at=(0, 1, 2), lr_scale=(1.0,) * 4), Classifier, "lr_scale has 4 factors for 3 groups"),
         (Unfreeze(at=(0, 1, 2), weight_decay=(0.1,)), Classifier, "weight_decay has 1 values for 3 groups"),
-        (Unfreeze(groups=["net.4", "nothing"], at=(0, 1)), Classifier, r"groups: 'nothing' matches no parameter.*net\.0"),
+        (
+            Unfreeze(groups=["net.4", "nothing"], at=(0, 1)),
+            Classifier,
+            r"groups: 'nothing' matches no parameter.*net\.0",
+        ),
         (Unfreeze(at=(0, 1, 2), never=["nothing"]), Classifier, "never: 'nothing' matches no parameter"),
-        (Unfreeze(groups=["net.4", "net"], at=(0, 1)), Classifier, r"parameter 'net\.4\.weight' is in .*'net\.4'.* and in \['net'\]"),
-        (Unfreeze(groups=["net.4", "net.0"], at=(0, 1)), Classifier, r"2 parameters are in no group, the first 'net\.2\.weight'"),
+        (
+            Unfreeze(groups=["net.4", "net"], at=(0, 1)),
+            Classifier,
+            r"parameter 'net\.4\.weight' is in .*'net\.4'.* and in \['net'\]",
+        ),
+        (
+            Unfreeze(groups=["net.4", "net.0"], at=(0, 1)),
+            Classifier,
+            r"2 parameters are in no group, the first 'net\.2\.weight'",
+        ),
         (Unfreeze(groups="auto", at=(0, 1, 2, 3)), Classifier, "at has 4 times and the network 3 groups"),
-        (Unfreeze(at=(math.inf, math.inf, math.inf), mechanism="rewrap"), Classifier, "every parameter would be frozen"),
+        (
+            Unfreeze(at=(math.inf, math.inf, math.inf), mechanism="rewrap"),
+            Classifier,
+            "every parameter would be frozen",
+        ),
         (Unfreeze(at=(0, 1, 2)), manual, "automatic optimization"),
-        (Unfreeze(at=(0, 1, 2)), head_only, r"4 parameters that are to train are in no optimizer, the first 'net\.0\.weight'"),
-        (Unfreeze(at=(0, 1, 2), mechanism="drop_grad"), head_only, "4 parameters that are to train are in no optimizer"),
+        (
+            Unfreeze(at=(0, 1, 2)),
+            head_only,
+            r"4 parameters that are to train are in no optimizer, the first 'net\.0\.weight'",
+        ),
+        (
+            Unfreeze(at=(0, 1, 2), mechanism="drop_grad"),
+            head_only,
+            "4 parameters that are to train are in no optimizer",
+        ),
     ],
 )
 def test_what_cannot_work_is_an_error_before_training(recipe, module, message):

@@ -26,7 +26,8 @@ class Fused(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "names", [("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("wq", "wk", "wv")]
+    "names",
+    [("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("wq", "wk", "wv")],
 )
 def test_split_projections_are_found_by_their_names_and_left_as_they_are(names):
     block, undo = nn.ModuleDict({"attn": Split(names)}), ExitStack()

@@ -107,7 +107,10 @@ CASES = {
     "torchvision vgg11": (
         lambda: meta(torchvision.models.vgg11),
         "net.classifier.6",
-        [*[f"net.features.{i}." for i in (0, 3, 6, 8, 11, 13, 16, 18)], "net.classifier.0", "net.classifier.6"],
+        [
+            *[f"net.features.{i}." for i in (0, 3, 6, 8, 11, 13, 16, 18)],
+            *[f"net.classifier.{i}" for i in (0, 3, 6)],
+        ],
     ),
     "torchvision convnext": (
         lambda: meta(torchvision.models.convnext_tiny),
@@ -145,7 +148,7 @@ CASES = {
         ["net.model.embed_tokens", *[f"net.model.layers.{i}" for i in range(3)], "net.lm_head"],
     ),
     "sequential": (lambda: Classifier(mlp()), "net.4", ["net.0", "net.2", "net.4"]),
-    "layers on the module": (Direct, "classify", ["scale", "hidden", "classify"]),
+    "layers on the module": (Direct, "classify", ["conv", "hidden", "classify"]),
     "nested": (Nested, "model.head.2", ["model.backbone.0", "model.backbone.2", "model.head.0", "model.head.2"]),
 }
 

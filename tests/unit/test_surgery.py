@@ -246,9 +246,7 @@ def test_only_the_q_and_v_projections_are_adapted(module, case):
     assert len(adapters.made) == 2 * 2 * len(adapters.layers)
     assert all("lora_A" in name or "lora_B" in name for name in adapters.made)
     assert {tuple(p.shape) for p in adapters.made.values()} == {(2, D), (D, 2)}
-    assert adapters.kept_whole == [
-        name for name, _ in module.named_parameters() if name.startswith(f"{case.head}.")
-    ]
+    assert adapters.kept_whole == [name for name, _ in module.named_parameters() if name.startswith(f"{case.head}.")]
 
 
 def test_the_frozen_weight_of_each_pair_is_the_projection(module, case):

@@ -44,21 +44,20 @@ def awake(times: Sequence[float], now: float) -> int:
 
 
 def group_scales(lr_scale: Sequence[float] | float | None, count: int) -> list[float]:
-    """The factor on the rate of each group, the head first: given, or a constant ratio from group to group.
+    """The factor on the rate of each group, the head first.
+
+    Given one by one, the last holding for every group further down; or as one ratio from each group to the next.
 
     Raises:
-        RecipeError: when there is not one factor a group.
+        RecipeError: when there are more factors than groups.
     """
     if lr_scale is None:
         return [1.0] * count
     if isinstance(lr_scale, (int, float)):
         return [float(lr_scale) ** depth for depth in range(count)]
-    if len(lr_scale) != count:
-        raise RecipeError(
-            f"lr_scale has {len(lr_scale)} factors for {count} groups; give one a group, or one number that is applied"
-            " again for every group further down (1/2.6 is ULMFiT's)"
-        )
-    return [float(scale) for scale in lr_scale]
+    if len(lr_scale) > count:
+        raise RecipeError(f"lr_scale has {len(lr_scale)} factors for {count} groups; give at most one a group")
+    return [float(scale) for scale in lr_scale] + [float(lr_scale[-1])] * (count - len(lr_scale))
 
 
 class ProgressiveUnfreezing(Recipe):
@@ -71,8 +70,8 @@ class ProgressiveUnfreezing(Recipe):
         at: when each group starts to train: an int is an epoch, a float a fraction of ``max_epochs`` (rounded down);
             or ``At`` (also in steps), ``EveryN`` or ``Plateau`` (the next group when a metric stalls). With 'auto',
             layers below the last time given never train.
-        lr_scale: factor on the rate of each group; one number is applied again for every group further down; None
-            leaves the rates alone.
+        lr_scale: factor on the rate of each group, the last one for all further down too; or one number, the ratio
+            from each group to the next (1/2.6 is ULMFiT's); None leaves the rates alone.
         weight_decay: decay of each group; None keeps the optimizer's. The paper's is (1e-5, 1e-4, 1e-4, 1e-4).
         never: what never trains, as in `groups`.
         bn: what frozen batch-norm layers do. 'follow': their weights follow the group, running statistics move (the
