@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CyclicLR
 
-from benchmarks.claims.findings import Finding, Metrics, Results, compare
+from benchmarks.claims.findings import Finding, Metrics, Results, column, compare
 from benchmarks.claims.training import Batches, LastEpoch, accuracy, digits, fit, seeded
 from lightning_recipes.callbacks import AAER
 from lightning_recipes.core.attacks import fgsm, pgd
@@ -22,8 +22,8 @@ RECIPE = "AAER"
 CLAIM = "Single-step adversarial training does not collapse: what it learns also withstands a multi-step attack."
 EPSILON, EPOCHS, TRAINING = 0.3, 30, 1297
 SETTING = (
-    f"digits at 16x16, conv net with batch norm, RS-FGSM at epsilon {EPSILON}, SGD with a cyclic rate up to 0.2, batch 32,"
-    f" {EPOCHS} epochs; PGD-20; without: lambda1=0"
+    f"digits at 16x16, conv net with batch norm, RS-FGSM at epsilon {EPSILON}, SGD with a cyclic rate up to 0.2,"
+    f" batch 32, {EPOCHS} epochs; PGD-20; without: lambda1=0"
 )
 SEEDS = 3
 ARMS: dict[str, dict[str, Any]] = {"without": {"lambda1": 0.0}, "with": {}}
@@ -83,27 +83,23 @@ def run(seed: int, **arguments: Any) -> Metrics:
 
 def check(results: Results) -> list[Finding]:
     """Fewer abnormal examples, a smaller gap between the attacks, more accuracy under the stronger one."""
-
-    def both(metric: str) -> tuple[list[float], list[float]]:
-        return [r[metric] for r in results["with"]], [r[metric] for r in results["without"]]
-
     return [
         compare(
             "Few training examples become abnormal: below 0.15 with, above 0.25 without",
             "abnormal fraction in the last epoch",
-            *both("abnormal"),
+            *column(results, "with", "abnormal"),
             lambda w, wo: min(0.15 - w, wo - 0.25),
         ),
         compare(
             "The accuracy under single-step attack is less of an illusion: gap to PGD smaller by 0.2",
             "FGSM accuracy - PGD accuracy",
-            *both("gap"),
+            *column(results, "with", "gap"),
             lambda w, wo: wo - w - 0.2,
         ),
         compare(
             "Robust to the multi-step attack: at least twice the accuracy",
             "PGD-20 accuracy",
-            *both("pgd"),
+            *column(results, "with", "pgd"),
             lambda w, wo: w - 2 * wo,
         ),
     ]

@@ -35,7 +35,7 @@ class Experiment(Protocol):
 
     @staticmethod
     def check(results: Results) -> list[Finding]:
-        """Hold the arms against each other."""
+        """Hold the arms that were run against each other."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,31 @@ def compare(
     return Finding(claim, metric, list(with_recipe), list(without), margin(mean(with_recipe), mean(without)))
 
 
-def measure(experiment: Experiment, seeds: int, done: Callable[[str, int], None] = lambda arm, seed: None) -> Results:
-    """Run all arms on the same seeds.
+def measure(
+    experiment: Experiment,
+    seeds: int,
+    arms: Sequence[str] | None = None,
+    done: Callable[[str, int], None] = lambda arm, seed: None,
+) -> Results:
+    """Run arms of an experiment on the same seeds.
 
     Args:
+        seeds: how many, from 0 on.
+        arms: those to run, None all.
         done: called with the arm's name and the seed after every run.
     """
-    results: dict[str, list[Metrics]] = {arm: [] for arm in experiment.ARMS}
+    arms = list(experiment.ARMS if arms is None else arms)
+    results: dict[str, list[Metrics]] = {arm: [] for arm in arms}
     for seed in range(seeds):
-        for arm, arguments in experiment.ARMS.items():
-            results[arm].append(experiment.run(seed, **arguments))
+        for arm in arms:
+            results[arm].append(experiment.run(seed, **experiment.ARMS[arm]))
             done(arm, seed)
     return results
+
+
+def column(results: Results, arm: str, metric: str) -> tuple[list[float], list[float]]:
+    """One metric seed by seed, of that arm and of 'without'."""
+    return [r[metric] for r in results[arm]], [r[metric] for r in results["without"]]
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """PEGO: the two orthogonality terms keep the updates off the pre-trained weights and apart, so the source is kept.
 
-Without them (weight = 0) it is plain LoRA, a group of four adapters of rank 2. Whether unseen domains gain is a matter of
-models of CLIP's size: on digits they do not, and nothing here says so.
+Without them (weight = 0) it is plain LoRA, a group of four adapters of rank 2. Whether unseen domains gain is a matter
+of models of CLIP's size: on digits they do not, and nothing here says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Adam
 
-from benchmarks.claims.findings import Finding, Metrics, Results, compare
+from benchmarks.claims.findings import Finding, Metrics, Results, column, compare
 from benchmarks.claims.training import Batches, accuracy, digits, fit, mlp, seeded, turned
 from lightning_recipes.callbacks import PEGO
 
@@ -41,8 +41,8 @@ def run(seed: int, epochs: int = EPOCHS, **arguments: Any) -> Metrics:
 
     Returns:
         ``source``, ``seen``, ``unseen``: accuracy upright, on the rotations trained on, and on others;
-        ``overlap_with_w`` and ``overlap_of_pairs``: free of scale, as the recipe logs them; ``update``: Frobenius norm of
-        what was added to both layers.
+        ``overlap_with_w`` and ``overlap_of_pairs``: free of scale, as the recipe logs them; ``update``: Frobenius norm
+        of what was added to both layers.
     """
     with seeded(seed):
         images, y = digits()
@@ -73,28 +73,24 @@ def run(seed: int, epochs: int = EPOCHS, **arguments: Any) -> Metrics:
 def check(results: Results) -> list[Finding]:
     """Smaller overlaps at both weights, and the source kept better."""
     findings = []
-    for arm in ("weight 1e-5", "weight 1e-4"):
-
-        def both(metric: str, arm: str = arm) -> tuple[list[float], list[float]]:
-            return [r[metric] for r in results[arm]], [r[metric] for r in results["without"]]
-
+    for arm in [name for name in results if name != "without"]:
         findings += [
             compare(
                 f"Updates stay off the pre-trained weights ({arm}): overlap at most half",
                 "overlap with W",
-                *both("overlap_with_w"),
+                *column(results, arm, "overlap_with_w"),
                 lambda w, wo: wo / 2 - w,
             ),
             compare(
                 f"Adapters stay apart from one another ({arm}): overlap at most half",
                 "overlap of pairs",
-                *both("overlap_of_pairs"),
+                *column(results, arm, "overlap_of_pairs"),
                 lambda w, wo: wo / 2 - w,
             ),
             compare(
                 f"The source is kept better ({arm}): at least 3 points more",
                 "accuracy on upright digits",
-                *both("source"),
+                *column(results, arm, "source"),
                 lambda w, wo: w - wo - 0.03,
             ),
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
@@ -58,17 +58,22 @@ class Batches:
         x, y: inputs ``[n, ...]`` and labels ``[n]``.
         size: of a batch; the last one of an epoch may be smaller.
         seed: of the order.
+        draws: batches an epoch, each drawn on its own from all of x; None goes once through x.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, size: int, seed: int) -> None:
-        self.x, self.y, self.size = x, y, size
+    def __init__(self, x: Tensor, y: Tensor, size: int, seed: int, draws: int | None = None) -> None:
+        self.x, self.y, self.size, self.draws = x, y, size, draws
         self._order = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return -(-len(self.x) // self.size)
+        return -(-len(self.x) // self.size) if self.draws is None else self.draws
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in torch.randperm(len(self.x), generator=self._order).split(self.size):
+        if self.draws is None:
+            order = torch.randperm(len(self.x), generator=self._order)
+        else:
+            order = torch.randint(len(self.x), (self.draws * self.size,), generator=self._order)
+        for chosen in order.split(self.size):
             yield self.x[chosen], self.y[chosen]
 
 
@@ -150,3 +155,22 @@ def mlp() -> nn.Sequential:
 def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share classified correctly."""
     return float((net(x).argmax(1) == y).float().mean())
+
+
+@cache
+def pretrained(seed: int, count: int) -> tuple[nn.Sequential, Tensor, Tensor]:
+    """An :func:`mlp` trained on upright digits, the start of an adaptation. Copy it before you train it.
+
+    Args:
+        seed: of the split, the weights and the order.
+        count: of digits to train on.
+
+    Returns:
+        the network, the indices of those digits, and the indices of the others.
+    """
+    with seeded(seed):
+        images, y = digits()
+        source, others = torch.randperm(len(images)).split([count, len(images) - count])
+        net = mlp()
+        fit(net, Batches(images[source].flatten(1), y[source], 64, seed), 30, partial(Adam, lr=1e-3))
+        return net, source, others

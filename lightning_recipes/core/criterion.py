@@ -215,7 +215,7 @@ def _observer(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(observed)
 
 
-# Made once: a compiled step guards on the identity of what F.cross_entropy is, so a fresh wrapper a step would recompile.
+# Made once: a compiled step guards on the identity of F.cross_entropy, and a fresh wrapper a step would recompile it.
 _ORIGINALS = {name: getattr(F, name) for name in OBSERVED}
 _OBSERVERS = {name: _observer(name, original) for name, original in _ORIGINALS.items()}
 

@@ -60,8 +60,8 @@ class GradientSocket:
         """
         if self._window is not None:
             raise RecipeError(
-                f"{type(self._window.owner).__name__} and {type(recipe).__name__} both run a second pass over the window;"
-                " use one of them"
+                f"{type(self._window.owner).__name__} and {type(recipe).__name__} both run a second pass over the"
+                " window; use one of them"
             )
         window = self._window = Window(recipe, self.trainer, self.module, run)
         self.add(recipe, lambda optimizer: window.run(edit, optimizer))
@@ -210,8 +210,8 @@ def check_optimizers(trainer: pl.Trainer, recipe: Recipe) -> None:
     """
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise RecipeError(
-            f"{type(recipe).__name__} edits the gradient of an update, and LBFGS calls its closure several times for one;"
-            " use another optimizer"
+            f"{type(recipe).__name__} edits the gradient of an update, and LBFGS calls its closure several times for"
+            " one; use another optimizer"
         )
     plugin = trainer.precision_plugin
     if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
@@ -219,6 +219,6 @@ def check_optimizers(trainer: pl.Trainer, recipe: Recipe) -> None:
     for optimizer in trainer.optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             raise RecipeError(
-                f"{type(recipe).__name__} edits the unscaled gradient, and {type(optimizer).__name__}(fused=True) unscales"
-                " inside its step; use fused=False or bf16-mixed"
+                f"{type(recipe).__name__} edits the unscaled gradient, and {type(optimizer).__name__}(fused=True)"
+                " unscales inside its step; use fused=False or bf16-mixed"
             )

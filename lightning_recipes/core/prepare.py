@@ -1,7 +1,7 @@
 """From declarations to a prepared module: collect what all recipes want, check it together, apply all or nothing.
 
-Callbacks' ``setup`` runs before the module's own ``setup`` and ``configure_model``, when there may be no network yet. So
-``setup`` only joins a session, and the session prepares at the one moment that fits: after ``configure_model``, when
+Callbacks' ``setup`` runs before the module's own ``setup`` and ``configure_model``, when there may be no network yet.
+So ``setup`` only joins a session, and the session prepares at the one moment that fits: after ``configure_model``, when
 Lightning has read the checkpoint and not yet loaded it. Then what a resume must know before weights load (adapters, the
 trainable set) can be read from the recipes' sections of that checkpoint.
 """
@@ -186,8 +186,8 @@ class Session:
                     continue  # nothing to load into adapters, or they are in place: the module is what it is
             elif plans[recipe].section is not None and stored is None:
                 raise RecipeError(
-                    f"{type(recipe).__name__}: the checkpoint holds merged weights (it was written after the fit ended);"
-                    " there are no adapters to resume. Load its weights into the module and start a new fit"
+                    f"{type(recipe).__name__}: the checkpoint holds merged weights (it was written after the fit ended)"
+                    "; there are no adapters to resume. Load its weights into the module and start a new fit"
                 )
             if self.adapters:
                 other = type(next(iter(self.adapters))).__name__
@@ -212,8 +212,8 @@ class Session:
         stuck = [n for n in adapters.kept_whole if n in names and not self.parameters._user_trains(n, names[n])]
         if stuck:
             raise RecipeError(
-                f"{type(recipe).__name__}: {stuck[0]!r} is to train beside the adapters (train_fully) and the module froze"
-                " it; unfreeze it or leave it out of train_fully"
+                f"{type(recipe).__name__}: {stuck[0]!r} is to train beside the adapters (train_fully) and the module"
+                " froze it; unfreeze it or leave it out of train_fully"
             )
         kept = set(adapters.made) | set(adapters.kept_whole)
         base = Claim(frozen=frozenset(names) - kept)
@@ -239,11 +239,11 @@ class Session:
         """Optimizers exist, their state is not restored yet; runs once, with the first recipe's hook."""
         if self._fit_started:
             return
-        self._fit_started = True
         made = {name: p for adapters in self.adapters.values() for name, p in adapters.made.items()}
         self.parameters.attach(made)
         for edited in self.edits:
             check_optimizers(self.trainer, edited)
+        self._fit_started = True  # only now: an error above leaves nothing in the module
 
     def close(self) -> None:
         """Take everything off again, in reverse order."""

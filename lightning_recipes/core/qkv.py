@@ -62,8 +62,8 @@ def open_projections(module: nn.Module, roles: Sequence[str], undo: ExitStack) -
     if not paths:
         linears = [name for name, part in module.named_modules() if _is_linear(part)]
         raise RecipeError(
-            f"found no attention block with query and value projections in {type(module).__name__}; its linear layers are"
-            f" {linears}: name those to adapt"
+            f"found no attention block with query and value projections in {type(module).__name__}; its linear layers"
+            f" are {linears}: name those to adapt"
         )
     return paths
 

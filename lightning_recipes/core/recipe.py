@@ -153,7 +153,7 @@ class StepRecipe(Recipe):
     needs_criterion: ClassVar[bool] = False
     """Whether the recipe reads ``step.logits``, ``step.targets`` or ``step.loss``; implied by the stages that do."""
     of_weights_alone: ClassVar[bool] = False
-    """Whether :meth:`extra_loss` does not depend on the batch: then it is asked for and counted once an optimizer step."""
+    """Whether :meth:`extra_loss` does not depend on the batch: then it counts once an optimizer step."""
     criterion: str | int | None = None
     """Which loss call to observe: None (the only one), an index in call order, or a dotted name in the module."""
 

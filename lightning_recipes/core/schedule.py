@@ -1,7 +1,7 @@
 """When things happen and how strongly: milestones in epochs or steps, and values that move with training.
 
-All of it is a pure function of the Trainer's counters (:class:`Plateau` also of a metric), so a resumed run finds itself
-where the uninterrupted one was. The classes can be written in YAML by ``class_path`` and ``init_args``.
+All of it is a pure function of the Trainer's counters (:class:`Plateau` also of a metric), so a resumed run finds
+itself where the uninterrupted one was. The classes can be written in YAML by ``class_path`` and ``init_args``.
 """
 
 from __future__ import annotations

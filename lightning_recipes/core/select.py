@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from torch import nn
@@ -92,11 +92,15 @@ def parameters_under(module: nn.Module, patterns: Sequence[str], argument: str) 
     root, _ = network(module)
     found: dict[str, None] = {}
     for pattern in patterns:
-        hits = [n for n in everything if _matches(n, pattern)] or [n for n in everything if _matches(n, _join(root, pattern))]
+        hits = [n for n in everything if _matches(n, pattern)] or [
+            n for n in everything if _matches(n, _join(root, pattern))
+        ]
         if not hits and pattern == "head":
             hits = _parameters_of(module, head(module))
         if not hits:
-            raise RecipeError(f"{argument}: {pattern!r} matches no parameter; the module's parts are {names_of(module)}")
+            raise RecipeError(
+                f"{argument}: {pattern!r} matches no parameter; the module's parts are {names_of(module)}"
+            )
         found.update(dict.fromkeys(hits))
     return list(found)
 
@@ -151,17 +155,14 @@ def _timm_groups(path: str, root: nn.Module, in_head: set[str]) -> list[tuple[st
     from timm.models import group_parameters
 
     by_depth = group_parameters(root, root.group_matcher(coarse=True))
-    groups = []
+    groups: list[tuple[str, list[str]]] = []
     for depth in sorted(by_depth):
         names = [_join(path, n) for n in by_depth[depth]]
         kept = [n for n in names if n not in in_head]
-        groups.append((_common_path(path, kept) or f"layer {depth}", kept))
-    # What timm groups with the head (a last normalisation) goes to the last layer before it.
-    if (
-        len(groups) > 1
-        and len(groups[-1][1]) < sum(n in in_head for n in map(lambda n: _join(path, n), by_depth[max(by_depth)])) + 3
-    ):
-        groups[-2][1].extend(groups.pop()[1])
+        if groups and len(kept) < len(names):  # what timm groups with the head, a last normalisation
+            groups[-1][1].extend(kept)
+        elif kept:
+            groups.append((_shared_path(path, kept) or f"layer {depth}", kept))
     return groups
 
 
@@ -200,14 +201,11 @@ def _repeats(part: nn.Module) -> bool:
     return any(isinstance(m, (nn.Sequential, nn.ModuleList)) and len(_children(m)) > 1 for m in part.modules())
 
 
-def _common_path(path: str, names: Iterable[str]) -> str:
-    split = [name.split(".") for name in names]
-    common: list[str] = []
-    for pieces in zip(*split):
-        if len(set(pieces)) > 1:
-            break
-        common.append(pieces[0])
-    shared = ".".join(common)
+def _shared_path(path: str, names: Sequence[str]) -> str:
+    """The deepest module path that at least half of the names share with the first; '' if that is `path` itself."""
+    shared = names[0].rpartition(".")[0]
+    while shared != path and 2 * sum(_under(name, shared) for name in names) < len(names):
+        shared = shared.rpartition(".")[0]
     return shared if shared != path else ""
 
 

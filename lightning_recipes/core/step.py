@@ -148,7 +148,8 @@ class Step:
         ``DistributedSampler`` does: sample j of batch b on rank r of W stands at place (b n + j) W + r.
         """
         rank, world = rank_and_world()
-        first = self.batch_idx * len(like)
+        full = getattr(self.trainer.train_dataloader, "batch_size", None) or 0  # the last batch may be short
+        first = self.batch_idx * max(full, len(like))
         place = (torch.arange(first, first + len(like), device=like.device)) * world + rank
         name = type(recipe).__name__
         parts = random.key(seed, self.trainer.current_epoch, f"{name}/{stream}", self._call_number(name, stream))

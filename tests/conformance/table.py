@@ -107,7 +107,9 @@ class Row:
 
 
 def _unfreeze(**arguments: Any) -> ProgressiveUnfreezing:
-    return ProgressiveUnfreezing(groups=["3", "2", ["0", "1"]], **{"at": (0, 1, 2), "lr_scale": (1, 0.5, 0.25), **arguments})
+    return ProgressiveUnfreezing(
+        groups=["3", "2", ["0", "1"]], **{"at": (0, 1, 2), "lr_scale": (1, 0.5, 0.25), **arguments}
+    )
 
 
 ROWS = [

@@ -121,7 +121,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = str(HERE.parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     run = subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), str(folder)], env=environment, capture_output=True, text=True, timeout=600
+        [*command, str(HERE / "two_ranks.py"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return folder
@@ -214,7 +218,9 @@ class _Stop(Callback):
 
 
 @rows
-@pytest.mark.parametrize("error", [None, RuntimeError("in mid-run"), KeyboardInterrupt()], ids=["end", "error", "interrupt"])
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("in mid-run"), KeyboardInterrupt()], ids=["end", "error", "interrupt"]
+)
 def test_afterwards_the_module_is_stock(row: Row, error: BaseException | None) -> None:
     torch.manual_seed(0)
     module = Classifier(row.network(), row.optimizer)
@@ -232,7 +238,9 @@ def test_afterwards_the_module_is_stock(row: Row, error: BaseException | None) -
     assert set(module.__dict__) <= own | {"_trainer", "_hparams"}
     assert type(module) is Classifier
     assert module.training_step.__func__ is Classifier.training_step
-    assert stop.copy.training_step.__self__ is stop.copy, "a deepcopy runs its own step, not the wrapper of the original"
+    assert stop.copy.training_step.__self__ is stop.copy, (
+        "a deepcopy runs its own step, not the wrapper of the original"
+    )
     with torch.no_grad():
         module(next(iter(digits()))[0])
 

@@ -23,7 +23,8 @@ from .table import ConvNet, digits, small_vit
 
 
 class Halve(StepRecipe):
-    """Halves the batch's input, mixes every target with its neighbour's, and adds a weight penalty; notes what it saw."""
+    """Halves the batch's input, mixes every target with its neighbour's, and adds a weight penalty; notes what it
+    saw."""
 
     def __init__(self, criterion: str | int | None = None) -> None:
         super().__init__()
@@ -174,8 +175,15 @@ def text_batches(kind: str) -> DataLoader:
 
 
 def fit(module: Any, callbacks: list[pl.Callback], data: Any = None, **trainer: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    run = pl.Trainer(max_epochs=trainer.pop("max_epochs", 1), accelerator="cpu", callbacks=callbacks, **quiet, **trainer)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    run = pl.Trainer(
+        max_epochs=trainer.pop("max_epochs", 1), accelerator="cpu", callbacks=callbacks, **quiet, **trainer
+    )
     validate = digits() if isinstance(module, ValidatesByTraining) else None
     run.fit(module, digits() if data is None else data, validate)
     return run
@@ -208,7 +216,9 @@ def test_the_batch_of_the_recipe_is_the_batch_of_the_step() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), halved.parameters()))
 
 
-@pytest.mark.parametrize("recipe", [lambda: ProgressiveUnfreezing(at=EveryN(1)), lambda: AAER(0.1), lambda: GLAD(rank=None)])
+@pytest.mark.parametrize(
+    "recipe", [lambda: ProgressiveUnfreezing(at=EveryN(1)), lambda: AAER(0.1), lambda: GLAD(rank=None)]
+)
 @pytest.mark.parametrize("kind", PLAIN)
 def test_the_recipes_train_every_stock_module(kind: type[Stock], recipe: Any) -> None:
     module = kind()
@@ -272,7 +282,9 @@ def test_hugging_face_models_with_their_own_loss(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classifier", "causal"])
-@pytest.mark.parametrize("recipe", [lambda: PEGO(2, 2), lambda: GLAD(rank=2), lambda: ProgressiveUnfreezing(at=EveryN(1))])
+@pytest.mark.parametrize(
+    "recipe", [lambda: PEGO(2, 2), lambda: GLAD(rank=2), lambda: ProgressiveUnfreezing(at=EveryN(1))]
+)
 def test_recipes_on_hugging_face_models(kind: str, recipe: Any) -> None:
     module = Text(kind)
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.stock import Classifier, loader, mlp, quiet, same, samples, weights
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -13,6 +12,7 @@ from lightning_recipes.callbacks import AAER
 from lightning_recipes.callbacks.robustness.aaer import abnormal_statistics, regularizer
 from lightning_recipes.core.random import key, uniform
 from lightning_recipes.core.recipe import RecipeError, StepRecipe
+from tests.stock import Classifier, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples()
 Z0 = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 2.0], [1.0, 0.0]])

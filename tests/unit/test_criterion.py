@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.stock import Classifier, loader, mlp, quiet, samples
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
 from lightning_recipes.core.criterion import OBSERVED, Observation, watching, wrap_named
 from lightning_recipes.core.recipe import RecipeError, StepRecipe
+from tests.stock import Classifier, loader, mlp, quiet, samples
 
 G = torch.Generator().manual_seed(0)
 Z = torch.randn(6, 3, generator=G).requires_grad_()
@@ -211,7 +211,7 @@ def test_an_index_that_never_came_is_an_error():
 def test_no_loss_is_an_error_only_where_it_is_needed():
     _, watch = watched(lambda: Z.sum())
     watch.check(needed=False)
-    with pytest.raises(RecipeError, match="no loss was seen.*criterion='dotted.name'"):
+    with pytest.raises(RecipeError, match=r"no loss was seen.*criterion='dotted\.name'"):
         watch.check(needed=True)
 
 

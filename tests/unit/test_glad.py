@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 from torch import nn
 
 from lightning_recipes.callbacks import GLAD, PEGO
 from lightning_recipes.callbacks.adapters.glad import ascent, measures, mixed
 from lightning_recipes.core.recipe import RecipeError
+from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(24)
 LAYERS = ["0", "2"]

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
-from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 from torch import nn
 from torchmetrics import MeanMetric
 
 from lightning_recipes.core.gradients import check_optimizers, global_norm, optimized, skip_if_nonfinite
 from lightning_recipes.core.random import key, uniform
 from lightning_recipes.core.recipe import Recipe, RecipeError, StepRecipe
+from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(20)
 
@@ -371,3 +371,18 @@ def test_a_fused_optimizer_is_fine_without_fp16():
     module = Classifier(optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True))
     trainer = fit(module, Edit(lambda _: None), Watch())
     check_optimizers(trainer, Edit(print))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_an_attack_is_repeated_as_it_was(accumulate):
+    """GLAD's second pass with AAER in it: the same starts and the same ramp, wherever the Trainer's counter stands."""
+    from lightning_recipes.callbacks import AAER
+
+    recipe = Again()
+    attack = AAER(epsilon=0.3, variant="n", attack_warmup_epochs=2, reg_warmup_epochs=1)
+    frozen = Bare(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    fit(frozen, attack, recipe, accumulate_grad_batches=accumulate, max_epochs=2)
+    assert len(recipe.plain) >= 4
+    for plain, sharp, (before, after) in zip(recipe.plain, recipe.sharp, recipe.losses, strict=True):
+        assert close(plain, sharp)
+        assert before == pytest.approx(after, rel=1e-5)

@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from lightning_recipes.core.parameters import Claim
 from lightning_recipes.core.recipe import Recipe, RecipeError
+from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(32)
 SCALES = {0: 0.1, 2: 0.5, 4: 1.0}  # of the layers of the mlp
@@ -164,7 +164,7 @@ def test_factors_of_two_recipes_multiply():
 
 
 def test_two_decays_of_one_parameter_are_refused():
-    with pytest.raises(RecipeError, match="weight decay of net.0.weight"):
+    with pytest.raises(RecipeError, match=r"weight decay of net\.0\.weight"):
         fit(Classifier(), Wants(Claim(weight_decay=by_layer({0: 0.1}))), Wants2(Claim(weight_decay=by_layer({0: 0.2}))))
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
-from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 from torch import nn
 
 from lightning_recipes.callbacks import PEGO
 from lightning_recipes.callbacks.adapters.pego import orthogonality, overlaps
 from lightning_recipes.core.recipe import RecipeError
+from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(20)
 LAYERS = ["0", "2"]
@@ -26,7 +26,7 @@ def fit(module, *callbacks, epochs=1, **kwargs):
     return trainer
 
 
-# -- the formula --------------------------------------------------------------------------------------------------------
+# -- the formula -----------------------------------------------------------------------------------------------------
 
 
 def dense(w, a, b):
@@ -156,7 +156,7 @@ def test_several_groups_with_weight_0_are_one_lora_of_the_stacked_rank():
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(("preserve", "diversify"), [(True, True), (True, False), (False, True)])
 def test_a_fit_equals_the_dense_loop(preserve, diversify, accumulate):
-    """lambda L_o counts once a step, in a short last window too (where Lightning divides the loss by 3 all the same)."""
+    """lambda L_o counts once a step, also in a short last window (where Lightning divides the loss by 3 too)."""
     values = {}
 
     def copy_values(trainer, module):
@@ -255,7 +255,7 @@ def test_bad_targets(recipe, message):
 def test_a_frozen_head_is_an_error():
     module = Classifier()
     module.net[4].requires_grad_(False)
-    with pytest.raises(RecipeError, match="PEGO: 'net.4.weight' is to train beside the adapters"):
+    with pytest.raises(RecipeError, match=r"PEGO: 'net\.4\.weight' is to train beside the adapters"):
         fit(module, PEGO(rank=1, target=LAYERS))
 
 

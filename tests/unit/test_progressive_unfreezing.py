@@ -8,8 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
-from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import (
@@ -22,9 +21,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_recipes.callbacks import ProgressiveUnfreezing
-from lightning_recipes.callbacks.finetuning.progressive_unfreezing import awake, group_scales
 from lightning_recipes.core.recipe import RecipeError
-from lightning_recipes.core.schedule import At, EveryN, Plateau, geometric
+from lightning_recipes.core.schedule import At, EveryN, Plateau
+from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(16)
 GROUPS = ["net.4", "net.2", "net.0"]  # of the mlp, the head first
@@ -47,54 +46,6 @@ class Stages:
     def note(self, trainer, module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.seen.append("".join(str(i) for i in (0, 2, 4) if module.net[i].weight.grad is not None))
-
-
-# -- pure functions -------------------------------------------------------------------------------------------------
-
-
-def test_the_floor_rule_of_the_paper():
-    """Card: E = 20 gives 2, 6, 12 and E = 30 gives 3, 9, 18."""
-    for epochs, expected in ((20, [0, 2, 6, 12]), (30, [0, 3, 9, 18])):
-        assert At((0, 0.10, 0.30, 0.60)).times(4, quiet(max_epochs=epochs)) == expected
-    assert At((0, 0.5, 0.99, math.inf)).times(4, quiet(max_epochs=3)) == [0, 1, 2, math.inf]
-    assert At((0, 3, 5)).times(3, quiet(max_epochs=-1)) == [0, 3, 5]
-
-
-def test_how_many_are_awake():
-    times = [0, 2, 2, 6, math.inf]
-    assert [awake(times, now) for now in (0, 1, 2, 5, 6, 1000)] == [1, 1, 3, 3, 4, 4]
-    assert EveryN(5).times(3, quiet()) == [0, 5, 10]
-
-
-def test_ulmfit_rates():
-    rates = [0.01 * s for s in group_scales(1 / 2.6, 4)]
-    assert rates == pytest.approx([0.01, 0.003846, 0.001479, 0.000569], abs=5e-7)
-
-
-def test_scales():
-    assert group_scales(None, 3) == [1, 1, 1]
-    assert group_scales((1, 0.5), 2) == [1, 0.5]
-    with pytest.raises(RecipeError, match="2 factors for 3 groups"):
-        group_scales((1, 0.5), 3)
-
-
-def test_geometric_rates():
-    assert geometric(1e-5, 1e-3, 3) == pytest.approx([1e-5, 1e-4, 1e-3])
-
-
-def test_a_plateau_stalls_after_patience_checks_without_improvement():
-    plateau = Plateau(patience=2, min_delta=0.1)
-    assert [plateau.stalled(v) for v in (1.0, 0.8, 0.75, 0.75, 0.75, 0.5, 0.5)] == [
-        False,
-        False,
-        False,
-        True,  # two checks within 0.1 of 0.8; the count starts anew
-        False,
-        False,
-        False,
-    ]
-    up = Plateau(patience=1, mode="max")
-    assert [up.stalled(v) for v in (0.1, 0.2, 0.2, 0.1)] == [False, False, True, False]
 
 
 # -- when -------------------------------------------------------------------------------------------------------------
@@ -413,128 +364,6 @@ def test_a_checkpoint_of_other_arguments_is_refused(tmp_path):
         quiet(max_epochs=4, callbacks=[Unfreeze(at=(0, 1, 3))]).fit(
             Classifier(), loader(X, Y), ckpt_path=tmp_path / "last.ckpt"
         )
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"groups": "head"}, "groups must be 'auto' or a list; got 'head'"),
-        ({"bn": "frozen"}, "bn must be 'follow', 'train' or 'eval'; got 'frozen'"),
-        ({"mechanism": "fast"}, "mechanism must be"),
-        ({"lr_scale": (1.0, 0.0)}, "lr_scale must be positive"),
-        ({"weight_decay": (-1.0,)}, "weight_decay must be non-negative"),
-        ({"at": (0, 1.5)}, "at must be epochs or steps"),
-        ({"at": (0, -1)}, "at must be epochs or steps"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(RecipeError, match=message):
-        ProgressiveUnfreezing(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: EveryN(0), "n must be at least 1"),
-        (lambda: EveryN(1, unit="batch"), "unit must be 'epoch' or 'step'"),
-        (lambda: At((0,), unit="batch"), "unit must be 'epoch' or 'step'"),
-        (lambda: Plateau(patience=0), "patience must be at least 1"),
-        (lambda: Plateau(mode="up"), "mode must be 'min' or 'max'"),
-    ],
-)
-def test_bad_schedules(make, message):
-    with pytest.raises(RecipeError, match=message):
-        make()
-
-
-def manual():
-    module = Classifier()
-    module.automatic_optimization = False
-    return module
-
-
-def head_only():
-    module = Classifier(optimizer=lambda _: SGD(module.net[4].parameters(), lr=0.1))
-    return module
-
-
-@pytest.mark.parametrize(
-    ("recipe", "module", "message"),
-    [
-        (Unfreeze(at=(0, 2, 1)), Classifier, r"at must not decrease; got \[0, 2, 1\]"),
-        (Unfreeze(at=(0, 1)), Classifier, "at has 2 times for 3 groups"),
-        (Unfreeze(at=(0, 1, 2), lr_scale=(1.0,) * 4), Classifier, "lr_scale has 4 factors for 3 groups"),
-        (Unfreeze(at=(0, 1, 2), weight_decay=(0.1,)), Classifier, "weight_decay has 1 values for 3 groups"),
-        (
-            Unfreeze(groups=["net.4", "nothing"], at=(0, 1)),
-            Classifier,
-            r"groups: 'nothing' matches no parameter.*net\.0",
-        ),
-        (Unfreeze(at=(0, 1, 2), never=["nothing"]), Classifier, "never: 'nothing' matches no parameter"),
-        (
-            Unfreeze(groups=["net.4", "net"], at=(0, 1)),
-            Classifier,
-            r"parameter 'net\.4\.weight' is in .*'net\.4'.* and in \['net'\]",
-        ),
-        (
-            Unfreeze(groups=["net.4", "net.0"], at=(0, 1)),
-            Classifier,
-            r"2 parameters are in no group, the first 'net\.2\.weight'",
-        ),
-        (Unfreeze(groups="auto", at=(0, 1, 2, 3)), Classifier, "at has 4 times and the network 3 groups"),
-        (
-            Unfreeze(at=(math.inf, math.inf, math.inf), mechanism="rewrap"),
-            Classifier,
-            "every parameter would be frozen",
-        ),
-        (Unfreeze(at=(0, 1, 2)), manual, "automatic optimization"),
-        (
-            Unfreeze(at=(0, 1, 2)),
-            head_only,
-            r"4 parameters that are to train are in no optimizer, the first 'net\.0\.weight'",
-        ),
-        (
-            Unfreeze(at=(0, 1, 2), mechanism="drop_grad"),
-            head_only,
-            "4 parameters that are to train are in no optimizer",
-        ),
-    ],
-)
-def test_what_cannot_work_is_an_error_before_training(recipe, module, message):
-    built = module()
-    with pytest.raises(RecipeError, match=message):
-        fit(built, recipe)
-    assert same(weights(built.net), weights(mlp()))
-    assert all(p.requires_grad for p in built.parameters())
-    assert "configure_optimizers" not in built.__dict__
-
-
-def test_fractions_need_a_finite_fit():
-    with pytest.raises(RecipeError, match=r"needs Trainer\(max_epochs=\.\.\.\); it is -1"):
-        fit(Classifier(), Unfreeze(at=(0, 0.5, 0.6)), epochs=-1, max_steps=3)
-
-
-def test_a_group_that_never_wakes_is_named_in_a_warning():
-    with pytest.warns(UserWarning, match=r"groups \['net.2', 'net.0'\] never wake"):
-        fit(Classifier(), Unfreeze(at=(0, 4, 7)))
-
-
-def test_lightnings_own_finetuning_beside_it_is_refused():
-    class Both(Classifier):
-        @property
-        def backbone(self):
-            return self.net[0]
-
-    with pytest.raises(RecipeError, match="ProgressiveUnfreezing and BackboneFinetuning both decide what trains"):
-        fit(Both(), Unfreeze(at=(0, 1, 2)), BackboneFinetuning(unfreeze_backbone_at_epoch=1))
-
-
-def test_a_metric_that_was_never_logged_is_an_error():
-    with pytest.raises(RecipeError, match=r"Plateau monitors 'val/f1', which was not logged; logged are .*val/loss"):
-        fit(Classifier(), Unfreeze(at=Plateau("val/f1")), val=True)
 
 
 def test_what_the_user_froze_wakes_only_when_named():

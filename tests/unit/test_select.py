@@ -7,7 +7,6 @@ import timm
 import torch
 import torchvision
 from lightning.pytorch import LightningModule
-from tests.stock import Classifier, mlp
 from torch import nn
 from torchmetrics import MeanMetric
 from transformers import (
@@ -21,6 +20,7 @@ from transformers import (
 
 from lightning_recipes.core.recipe import RecipeError
 from lightning_recipes.core.select import head, layers, names_of, network, parameters_under
+from tests.stock import Classifier, mlp
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
 GPT2 = {"n_embd": 8, "n_layer": 3, "n_head": 2}
@@ -188,7 +188,7 @@ def test_the_head_by_its_role(case):
 
 
 def test_normalisation_belongs_to_what_it_follows():
-    found = {name: names for name, names in layers(Direct())}
+    found = dict(layers(Direct()))
     assert {"conv.weight", "norm.weight"} <= set(next(names for names in found.values() if "conv.weight" in names))
     last = layers(CASES["timm vit"][0]())[-2][1]
     assert {"net.norm.weight", "net.blocks.2.mlp.fc2.bias"} <= set(last)

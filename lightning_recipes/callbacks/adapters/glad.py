@@ -1,10 +1,10 @@
 """GLAD: LoRA whose gradient is mixed with the sharpness-aware gradient.
 
 Peng et al., "GLAD: Generalizable Tuning for Vision-Language Models", ICCV 2025 Workshops
-(https://arxiv.org/abs/2507.13089). The released repository holds no code and the method's text could not be read; what the
-abstract and the first figure fix is: train LoRA factors; take the ordinary gradient g and the SAM gradient g' at the
-current point; step along g_f, which lies on the segment between them, near its middle. OURS are: the constants c and rho,
-one norm over everything trained, the same mini-batch for both gradients, and no condition on their angle.
+(https://arxiv.org/abs/2507.13089). The released repository holds no code and the method's text could not be read; what
+the abstract and the first figure fix is: train LoRA factors; take the ordinary gradient g and the SAM gradient g' at
+the current point; step along g_f, which lies on the segment between them, near its middle. OURS are: the constants c
+and rho, one norm over everything trained, the same mini-batch for both gradients, and no condition on their angle.
 
     e   = rho g / (||g||_2 + 1e-12),   g' = grad L(theta + e),   g_f = (1 - c) g + c g'
 
@@ -66,7 +66,8 @@ class GLAD(Recipe):
         seed: of the adapters' first values.
 
     Raises:
-        RecipeError: for bad arguments; in setup for manual optimization, an optimizer that calls its closure repeatedly,
+        RecipeError: for bad arguments; in setup for manual optimization, an optimizer that calls its closure
+        repeatedly,
             a missing head or target, and a second recipe with a second pass.
     """
 
@@ -81,7 +82,7 @@ class GLAD(Recipe):
     use_when = "You adapt a pre-trained model from a few examples and want a flat, robust solution."
     costs = "A second forward and backward over the window; one copy of what trains (small with LoRA)."
     refuses: ClassVar[Mapping[str, str]] = {
-        **{name: "both adapt the layers' weights" for name in ("PEGO", "SVFit", "SaRA", "LoRA", "MakeElastic")},
+        **dict.fromkeys(("PEGO", "SVFit", "SaRA", "LoRA", "MakeElastic"), "both adapt the layers' weights"),
         "ProgressiveShrinking": "both run further passes in a step",
         "NormalizedGD": "its factor assumes the plain gradient",
     }

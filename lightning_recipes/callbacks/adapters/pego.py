@@ -9,8 +9,8 @@ For the query and the value projection of every attention block, with frozen W a
     L_o = sum over blocks and {q, v} of [ sum_i ||W D_i^T||_1 + sum_{i<j} ||D_i D_j^T||_1 ]
     L   = CE + lambda L_o                                          (||.||_1: the plain sum of absolute entries)
 
-Costs no extra pass: N (N + 1) / 2 products of d x r x d a projection and step. Merges into the stock weights at the end,
-so it costs nothing at test time. No domain label is needed; equal numbers a domain come from the data
+Costs no extra pass: N (N + 1) / 2 products of d x r x d a projection and step. Merges into the stock weights at the
+end, so it costs nothing at test time. No domain label is needed; equal numbers a domain come from the data
 (``DomainDataModule``).
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -116,7 +116,9 @@ class PEGO(StepRecipe):
     does = "Adapts q and v by a group of LoRAs kept orthogonal to the pre-trained weights and to one another."
     use_when = "You fine-tune a pre-trained transformer on some domains and need it on unseen ones."
     costs = "No extra pass; N (N + 1) / 2 thin products a projection and step; nothing at test time."
-    refuses = {name: "both adapt the attention's weights" for name in ("GLAD", "SVFit", "SaRA", "LoRA", "MakeElastic")}
+    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("GLAD", "SVFit", "SaRA", "LoRA", "MakeElastic"), "both adapt the attention's weights"
+    )
     of_weights_alone = True
     free_on_resume = frozenset({"merge_on_end"})
 
@@ -185,8 +187,8 @@ class PEGO(StepRecipe):
         penalty, own = float(penalty.detach()), float(own.detach())
         if penalty > 100 * own:
             rank_zero_warn(
-                f"PEGO: weight x L_o is {penalty:.3g} against a loss of {own:.3g} after 50 steps; weight={self.weight} is"
-                " for width 768, use less"
+                f"PEGO: weight x L_o is {penalty:.3g} against a loss of {own:.3g} after 50 steps; weight={self.weight}"
+                " is for width 768, use less"
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

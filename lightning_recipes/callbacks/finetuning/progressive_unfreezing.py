@@ -1,8 +1,8 @@
 """Progressive unfreezing with discriminative learning rates.
 
 Goedicke-Fritz, Bous, Engel et al., "Site-Level Fine-Tuning with Progressive Layer Freezing", 2025
-(https://arxiv.org/abs/2507.12269; code https://github.com/phflot/bpdneo-cxr, commit 2569116), whose official procedure is
-progressive UNfreezing; the same callback serves Isong, "Building Efficient Lightweight CNN Models", 2025
+(https://arxiv.org/abs/2507.12269; code https://github.com/phflot/bpdneo-cxr, commit 2569116), whose official procedure
+is progressive UNfreezing; the same callback serves Isong, "Building Efficient Lightweight CNN Models", 2025
 (https://arxiv.org/abs/2501.15547) and ULMFiT's gradual unfreezing.
 
 With the groups of a network from the head (0) down, E epochs, and times t_0 <= t_1 <= ...:
@@ -43,16 +43,22 @@ def awake(times: Sequence[float], now: float) -> int:
     return sum(time <= now for time in times)
 
 
-def group_scales(lr_scale: Sequence[float] | float | None, count: int) -> list[float]:
+PAPER_SCALES = (1.0, 0.5, 0.25, 0.1)
+
+
+def group_scales(lr_scale: Literal["paper"] | Sequence[float] | float | None, count: int) -> list[float]:
     """The factor on the rate of each group, the head first.
 
     Given one by one, the last holding for every group further down; or as one ratio from each group to the next.
+    'paper' is 1, 1/2, 1/4, 1/10 for as many groups as there are.
 
     Raises:
         RecipeError: when there are more factors than groups.
     """
     if lr_scale is None:
         return [1.0] * count
+    if lr_scale == "paper":
+        lr_scale = PAPER_SCALES[:count]
     if isinstance(lr_scale, (int, float)):
         return [float(lr_scale) ** depth for depth in range(count)]
     if len(lr_scale) > count:
@@ -70,8 +76,8 @@ class ProgressiveUnfreezing(Recipe):
         at: when each group starts to train: an int is an epoch, a float a fraction of ``max_epochs`` (rounded down);
             or ``At`` (also in steps), ``EveryN`` or ``Plateau`` (the next group when a metric stalls). With 'auto',
             layers below the last time given never train.
-        lr_scale: factor on the rate of each group, the last one for all further down too; or one number, the ratio
-            from each group to the next (1/2.6 is ULMFiT's); None leaves the rates alone.
+        lr_scale: factor on the rate of each group, the last one for all further down too; 'paper' is 1, 1/2, 1/4, 1/10;
+            one number is the ratio from each group to the next (1/2.6 is ULMFiT's); None leaves the rates alone.
         weight_decay: decay of each group; None keeps the optimizer's. The paper's is (1e-5, 1e-4, 1e-4, 1e-4).
         never: what never trains, as in `groups`.
         bn: what frozen batch-norm layers do. 'follow': their weights follow the group, running statistics move (the
@@ -83,13 +89,14 @@ class ProgressiveUnfreezing(Recipe):
             'rewrap'.
 
     Raises:
-        RecipeError: before training, for times that decrease or do not match the groups, a pattern that matches nothing,
+        RecipeError: before training, for times that decrease or do not match the groups, a pattern that matches
+        nothing,
             a parameter in two groups or in none, and parameters that are in no optimizer.
     """
 
     paper = Paper(
-        "Site-Level Fine-Tuning with Progressive Layer Freezing: Towards Robust Prediction of Bronchopulmonary Dysplasia"
-        " from Day-1 Chest Radiographs in Extremely Preterm Infants",
+        "Site-Level Fine-Tuning with Progressive Layer Freezing: Towards Robust Prediction of Bronchopulmonary"
+        " Dysplasia from Day-1 Chest Radiographs in Extremely Preterm Infants",
         "S. Goedicke-Fritz, M. Bous, A. Engel et al.",
         2025,
         "https://arxiv.org/abs/2507.12269",
@@ -104,7 +111,7 @@ class ProgressiveUnfreezing(Recipe):
         self,
         groups: Literal["auto"] | Sequence[str | Sequence[str]] = "auto",
         at: Sequence[int | float] | At | EveryN | Plateau = (0, 0.10, 0.30, 0.60),
-        lr_scale: Sequence[float] | float | None = (1.0, 0.5, 0.25, 0.1),
+        lr_scale: Literal["paper"] | Sequence[float] | float | None = "paper",
         weight_decay: Sequence[float] | None = None,
         never: Sequence[str] = (),
         bn: Literal["follow", "train", "eval"] = "follow",
@@ -117,8 +124,10 @@ class ProgressiveUnfreezing(Recipe):
         check_argument(bn in ("follow", "train", "eval"), self, "bn", bn, "'follow', 'train' or 'eval'")
         allowed = ("auto", "rewrap", "drop_grad")
         check_argument(mechanism in allowed, self, "mechanism", mechanism, "'auto', 'rewrap' or 'drop_grad'")
-        scales = [lr_scale] if isinstance(lr_scale, (int, float)) else lr_scale or []
-        check_argument(all(s > 0 for s in scales), self, "lr_scale", lr_scale, "positive")
+        one_by_one = isinstance(lr_scale, Sequence) and lr_scale != "paper"
+        scales = lr_scale if one_by_one else [lr_scale] if isinstance(lr_scale, (int, float)) else [1.0]
+        ok = len(scales) > 0 and all(isinstance(s, (int, float)) and s > 0 for s in scales)
+        check_argument(ok, self, "lr_scale", lr_scale, "positive, at least one")
         check_argument(all(d >= 0 for d in weight_decay or []), self, "weight_decay", weight_decay, "non-negative")
         self._when = at if isinstance(at, (At, EveryN, Plateau)) else At(list(at))
         self._names: list[tuple[str, list[str]]] = []
@@ -137,7 +146,8 @@ class ProgressiveUnfreezing(Recipe):
     def neutral(self) -> bool:
         """All groups awake from the start at the optimizer's own rates, and nothing else asked for."""
         times = self._when.at if isinstance(self._when, At) else ()
-        scales = group_scales(self.lr_scale, len(times)) if not isinstance(self.lr_scale, Sequence) else self.lr_scale
+        given_singly = isinstance(self.lr_scale, Sequence) and self.lr_scale != "paper"
+        scales = self.lr_scale if given_singly else group_scales(self.lr_scale, len(times))
         asleep = self.never or self.groups == "auto" or self.weight_decay is not None
         return bool(times) and not any(times) and all(s == 1 for s in scales) and not asleep and self.bn != "eval"
 
@@ -148,8 +158,8 @@ class ProgressiveUnfreezing(Recipe):
             return
         if not plan.module.automatic_optimization:
             raise RecipeError(
-                "ProgressiveUnfreezing needs automatic optimization: it changes what trains at optimizer steps, and under"
-                " manual optimization the module takes those itself"
+                "ProgressiveUnfreezing needs automatic optimization: it changes what trains at optimizer steps, and"
+                " under manual optimization the module takes those itself"
             )
         self._plan = plan
         plan.parameters(self._first_claim)

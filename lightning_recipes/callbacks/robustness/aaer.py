@@ -140,9 +140,9 @@ class AAER(StepRecipe):
     costs = "One more forward and a backward to the input a step; memory for one batch of logits."
     couples_samples = True
     needs_criterion = True
-    comes_after: ClassVar[Mapping[str, str]] = {
-        name: "the attack must start from the mixed batch that the module trains on" for name in ("Mixup", "CutMix")
-    }
+    comes_after: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("Mixup", "CutMix"), "the attack must start from the mixed batch that the module trains on"
+    )
 
     def __init__(
         self,
@@ -254,8 +254,8 @@ class AAER(StepRecipe):
             return
         if not classifies or logits.dim() != 2 or len(logits) != len(x):
             raise RecipeError(
-                f"AAER needs a classification loss of logits [n, classes]; the observed one got {tuple(logits.shape)} for"
-                f" {len(x)} inputs"
+                f"AAER needs a classification loss of logits [n, classes]; the observed one got {tuple(logits.shape)}"
+                f" for {len(x)} inputs"
             )
         self._checked = True
 

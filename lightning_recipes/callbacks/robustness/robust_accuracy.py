@@ -1,8 +1,8 @@
 """Robust accuracy during anybody's training: FGSM, PGD with restarts, AutoAttack.
 
 The protocol of fast adversarial training's evaluation: Wong, Rice, Kolter, "Fast is better than free", 2020
-(https://arxiv.org/abs/2001.03994); PGD-50-10 is 10 restarts of 50 steps of epsilon / 4. AutoAttack: Croce and Hein, 2020
-(https://arxiv.org/abs/2003.01690), through pyautoattack (the `attacks` extra).
+(https://arxiv.org/abs/2001.03994); PGD-50-10 is 10 restarts of 50 steps of epsilon / 4. AutoAttack: Croce and Hein,
+2020 (https://arxiv.org/abs/2003.01690), through pyautoattack (the `attacks` extra).
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class RobustAccuracyMonitor(Recipe):
         super().__init__()
         check_argument(attack in ("fgsm", "pgd", "autoattack"), self, "attack", attack, "'fgsm', 'pgd' or 'autoattack'")
         check_argument(
-            0 < epsilon <= 1 or mean is None and epsilon > 0, self, "epsilon", epsilon, "in (0, 1] pixel units"
+            0 < epsilon <= 1 or (mean is None and epsilon > 0), self, "epsilon", epsilon, "in (0, 1] pixel units"
         )
         for name, value in (("steps", steps), ("restarts", restarts), ("every_n_epochs", every_n_epochs)):
             check_argument(value >= 1, self, name, value, "at least 1")
@@ -137,9 +137,8 @@ class RobustAccuracyMonitor(Recipe):
         return f"pgd-{self.steps}-{self.restarts}" if self.attack == "pgd" else self.attack
 
     def declare(self, plan: Plan) -> None:
-        if self.attack == "autoattack":
-            if find_spec("pyautoattack") is None:
-                raise RecipeError(_NEEDS_EXTRA)
+        if self.attack == "autoattack" and find_spec("pyautoattack") is None:
+            raise RecipeError(_NEEDS_EXTRA)
 
     # -- validation and test -----------------------------------------------------------------------------------------
 

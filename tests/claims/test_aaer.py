@@ -1,0 +1,15 @@
+"""AAER's claim: single-step adversarial training that also withstands a multi-step attack."""
+
+import pytest
+
+from benchmarks.claims import aaer as experiment
+from benchmarks.claims.findings import measure
+
+pytestmark = pytest.mark.claim
+
+
+def test_single_step_training_does_not_collapse() -> None:
+    findings = experiment.check(measure(experiment, experiment.SEEDS))
+    assert len(findings) == 3
+    missed = [str(finding) for finding in findings if not finding.holds]
+    assert not missed, "\n".join(missed)

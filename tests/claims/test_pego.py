@@ -1,0 +1,15 @@
+"""PEGO's claim: updates off the pre-trained weights and apart from one another, and the source kept better."""
+
+import pytest
+
+from benchmarks.claims import pego as experiment
+from benchmarks.claims.findings import measure
+
+pytestmark = pytest.mark.claim
+
+
+def test_the_overlaps_shrink_and_the_source_is_kept() -> None:
+    findings = experiment.check(measure(experiment, experiment.SEEDS))
+    assert len(findings) == 6
+    missed = [str(finding) for finding in findings if not finding.holds]
+    assert not missed, "\n".join(missed)
