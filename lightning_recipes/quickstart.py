@@ -117,7 +117,7 @@ class Quickstart:
             data = DigitsDataModule(size=16, batch_size=32)
             curve = Curve("robust_accuracy/pgd-10-1")
             monitor = RobustAccuracyMonitor("pgd", EPSILON, steps=10, restarts=1, limit_batches=4)
-            recipe = AAER(EPSILON, lambda1=lambda1)
+            recipe = AAER(EPSILON, lambda1=lambda1, lambda3=2.0)  # the paper raises lambda3 with epsilon
             seconds[name] = self.fit(f"robustness: {name}", module, data, epochs, [recipe, monitor, curve])
             curves[name] = curve.values
             results[name] = _accuracies(module.eval(), data)

@@ -1,6 +1,10 @@
 """AAER: single-step adversarial training with the regulariser does not collapse ("catastrophic overfitting").
 
-Without it (lambda1 = 0) the recipe is plain RS-FGSM, so both arms draw the same random starts.
+Without it (lambda1 = 0) the recipe is plain RS-FGSM, so all arms draw the same random starts.
+
+The paper raises lambda3 with the radius, and epsilon = 0.3 is large: lambda3 = 2, chosen on other seeds, meets all
+margins safely. The default, 1.5, is the paper's at 8/255; here it goes the same way and comes out close to the margins,
+on either side of them.
 """
 
 from __future__ import annotations
@@ -26,7 +30,11 @@ SETTING = (
     f" batch 32, {EPOCHS} epochs; PGD-20; without: lambda1=0"
 )
 SEEDS = 3
-ARMS: dict[str, dict[str, Any]] = {"without": {"lambda1": 0.0}, "with": {}}
+ARMS: dict[str, dict[str, Any]] = {
+    "without": {"lambda1": 0.0},
+    "lambda3 2": {"lambda3": 2.0},
+    "lambda3 1.5": {"lambda3": 1.5},
+}
 
 
 def network() -> nn.Sequential:
@@ -83,23 +91,26 @@ def run(seed: int, **arguments: Any) -> Metrics:
 
 def check(results: Results) -> list[Finding]:
     """Fewer abnormal examples, a smaller gap between the attacks, more accuracy under the stronger one."""
-    return [
-        compare(
-            "Few training examples become abnormal: below 0.15 with, above 0.25 without",
-            "abnormal fraction in the last epoch",
-            *column(results, "with", "abnormal"),
-            lambda w, wo: min(0.15 - w, wo - 0.25),
-        ),
-        compare(
-            "The accuracy under single-step attack is less of an illusion: gap to PGD smaller by 0.2",
-            "FGSM accuracy - PGD accuracy",
-            *column(results, "with", "gap"),
-            lambda w, wo: wo - w - 0.2,
-        ),
-        compare(
-            "Robust to the multi-step attack: at least twice the accuracy",
-            "PGD-20 accuracy",
-            *column(results, "with", "pgd"),
-            lambda w, wo: w - 2 * wo,
-        ),
-    ]
+    findings = []
+    for arm in [name for name in results if name != "without"]:
+        findings += [
+            compare(
+                f"Few training examples become abnormal ({arm}): below 0.15 with, above 0.25 without",
+                "abnormal fraction in the last epoch",
+                *column(results, arm, "abnormal"),
+                lambda w, wo: min(0.15 - w, wo - 0.25),
+            ),
+            compare(
+                f"Accuracy under single-step attack is less of an illusion ({arm}): gap to PGD smaller by 0.2",
+                "FGSM accuracy - PGD accuracy",
+                *column(results, arm, "gap"),
+                lambda w, wo: wo - w - 0.2,
+            ),
+            compare(
+                f"Robust to the multi-step attack ({arm}): at least twice the accuracy",
+                "PGD-20 accuracy",
+                *column(results, arm, "pgd"),
+                lambda w, wo: w - 2 * wo,
+            ),
+        ]
+    return findings

@@ -77,10 +77,10 @@ def run(seed: int, **arguments: Any) -> Metrics:
     """
     source, _, others = pretrained(seed, SOURCE)
     with seeded(seed):
-        images, y = digits()
+        x, y = turned(ANGLE), digits()[1]
         shots = torch.cat([others[y[others] == digit][:SHOTS] for digit in range(10)])
         test = others[~torch.isin(others, shots)]
-        x, net = turned(images, ANGLE), deepcopy(source)
+        net = deepcopy(source)
         recipe = GLAD(
             rank=4,
             lora_alpha=8,

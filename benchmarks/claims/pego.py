@@ -1,11 +1,16 @@
 """PEGO: the two orthogonality terms keep the updates off the pre-trained weights and apart, so the source is kept.
 
-Without them (weight = 0) it is plain LoRA, a group of four adapters of rank 2. Whether unseen domains gain is a matter
-of models of CLIP's size: on digits they do not, and nothing here says so.
+Without them (weight = 0) it is plain LoRA, a group of four adapters of rank 2. The classifier stays as it was
+pre-trained, its classes being the same. Whether unseen domains gain is a matter of models of CLIP's size: on digits they
+do not, and nothing here says so.
+
+The weight decides. At 1e-4 both overlaps fall to a quarter or less and the source is kept better on every seed; at 1e-5
+the adapters part from one another, but the overlap with W only halves and the source gains little.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -13,30 +18,30 @@ import torch
 from torch.optim import Adam
 
 from benchmarks.claims.findings import Finding, Metrics, Results, column, compare
-from benchmarks.claims.training import Batches, accuracy, digits, fit, mlp, seeded, turned
+from benchmarks.claims.training import Batches, accuracy, digits, fit, pretrained, seeded, turned
 from lightning_recipes.callbacks import PEGO
+from lightning_recipes.core.gradients import global_norm
 
 RECIPE = "PEGO"
 CLAIM = "Orthogonal groups of adapters disturb the pre-trained weights less, and keep what the network knew."
 EPOCHS, SOURCE, SEEN, UNSEEN = 40, 600, (15, 30, 45), (-30, -15, 60, 75)
 SETTING = (
-    f"MLP 64-128-128-10 trained on {SOURCE} upright digits, its first two layers adapted (4 adapters of rank 2) to"
-    f" rotations {SEEN}, Adam 5e-3, {EPOCHS} epochs; without: weight=0"
+    f"MLP 64-128-128-10 trained on {SOURCE} upright digits, its first two layers adapted (4 adapters of rank 2)"
+    f" to their rotations by {SEEN}, Adam 5e-3, batch 96, {EPOCHS} epochs; without: weight=0"
 )
-SEEDS = 3
+SEEDS = 5
 ARMS: dict[str, dict[str, Any]] = {
     "without": {"weight": 0.0},
-    "weight 1e-5": {"weight": 1e-5},
     "weight 1e-4": {"weight": 1e-4},
+    "weight 1e-5": {"weight": 1e-5},
 }
 
 
-def run(seed: int, epochs: int = EPOCHS, **arguments: Any) -> Metrics:
-    """Pre-train upright, adapt to three rotations, measure on digits that neither has seen.
+def run(seed: int, **arguments: Any) -> Metrics:
+    """Adapt a network of upright digits to three rotations of the same digits; measure on digits it never saw.
 
     Args:
         seed: of split, weights, order and adapters.
-        epochs: of the adaptation.
         **arguments: PEGO's.
 
     Returns:
@@ -44,29 +49,26 @@ def run(seed: int, epochs: int = EPOCHS, **arguments: Any) -> Metrics:
         ``overlap_with_w`` and ``overlap_of_pairs``: free of scale, as the recipe logs them; ``update``: Frobenius norm
         of what was added to both layers.
     """
+    start, source, test = pretrained(seed, SOURCE)
     with seeded(seed):
-        images, y = digits()
-        order = torch.randperm(len(images))
-        source, test = order[:SOURCE], order[SOURCE:]
-        net = mlp()
-        fit(net, Batches(images[source].flatten(1), y[source], 32, seed), 30, partial(Adam, lr=1e-3))
-        before = [net[i].weight.detach().clone() for i in (0, 2)]
-        x = torch.cat([turned(images[source], angle) for angle in SEEN])
-        recipe = PEGO(rank=2, groups=4, target=["net.0", "net.2"], seed=seed, **arguments)
-        batches = Batches(x, y[source].repeat(len(SEEN)), 96, seed + 1)
-        trainer = fit(net, batches, epochs, partial(Adam, lr=5e-3), callbacks=[recipe])
+        net, y = deepcopy(start), digits()[1]
+        recipe = PEGO(rank=2, groups=4, target=["net.0", "net.2"], train_fully=(), seed=seed, **arguments)
+        x = torch.cat([turned(angle)[source] for angle in SEEN])
+        batches = Batches(x, y[source].repeat(len(SEEN)), 96, seed)
+        logged = fit(net, batches, EPOCHS, partial(Adam, lr=5e-3), callbacks=[recipe]).callback_metrics
 
         def at(*angles: float) -> float:
-            return sum(accuracy(net, turned(images[test], angle), y[test]) for angle in angles) / len(angles)
+            return sum(accuracy(net, turned(angle)[test], y[test]) for angle in angles) / len(angles)
 
-        logged = trainer.callback_metrics
+        with torch.no_grad():
+            update = global_norm([net[i].weight - start[i].weight for i in (0, 2)])
         return {
             "source": at(0),
             "seen": at(*SEEN),
             "unseen": at(*UNSEEN),
             "overlap_with_w": float(logged["pego/overlap_with_w"]),
             "overlap_of_pairs": float(logged["pego/overlap_of_pairs"]),
-            "update": sum(float((net[i].weight - w).detach().norm() ** 2) for i, w in zip((0, 2), before)) ** 0.5,
+            "update": float(update),
         }
 
 

@@ -11,11 +11,10 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import rotate
 
 
 class StockClassifier(pl.LightningModule):
@@ -141,9 +140,11 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target).long()
 
 
-def turned(images: Tensor, degrees: float) -> Tensor:
-    """Images ``[n, 1, h, w]`` turned counter-clockwise, as flat vectors ``[n, h w]`` for an MLP."""
-    return rotate(images, degrees, InterpolationMode.BILINEAR).flatten(1)
+@cache
+def turned(degrees: float) -> Tensor:
+    """All :func:`digits` turned counter-clockwise, as flat vectors ``[1797, 64]`` for an MLP."""
+    images = digits()[0].numpy()
+    return torch.from_numpy(rotate(images, degrees, axes=(3, 2), reshape=False, order=1)).flatten(1)
 
 
 def mlp() -> nn.Sequential:
@@ -169,8 +170,8 @@ def pretrained(seed: int, count: int) -> tuple[nn.Sequential, Tensor, Tensor]:
         the network, the indices of those digits, and the indices of the others.
     """
     with seeded(seed):
-        images, y = digits()
-        source, others = torch.randperm(len(images)).split([count, len(images) - count])
+        x, y = turned(0), digits()[1]
+        source, others = torch.randperm(len(x)).split([count, len(x) - count])
         net = mlp()
-        fit(net, Batches(images[source].flatten(1), y[source], 64, seed), 30, partial(Adam, lr=1e-3))
+        fit(net, Batches(x[source], y[source], 64, seed), 30, partial(Adam, lr=1e-3))
         return net, source, others

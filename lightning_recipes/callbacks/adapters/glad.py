@@ -67,8 +67,7 @@ class GLAD(Recipe):
 
     Raises:
         RecipeError: for bad arguments; in setup for manual optimization, an optimizer that calls its closure
-        repeatedly,
-            a missing head or target, and a second recipe with a second pass.
+            repeatedly, a missing head or target, and a second recipe with a second pass.
     """
 
     paper = Paper(

@@ -90,8 +90,7 @@ class ProgressiveUnfreezing(Recipe):
 
     Raises:
         RecipeError: before training, for times that decrease or do not match the groups, a pattern that matches
-        nothing,
-            a parameter in two groups or in none, and parameters that are in no optimizer.
+            nothing, a parameter in two groups or in none, and parameters that are in no optimizer.
     """
 
     paper = Paper(

@@ -168,7 +168,10 @@ class RobustAccuracyMonitor(Recipe):
                     probed = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
                     return observe(trainer, pl_module, with_input(batch, probed.to(x.dtype)), batch_idx, self.criterion)
 
-            logits = lambda inputs: see(inputs).logits  # noqa: E731
+            def logits(inputs: Tensor) -> Tensor:
+                # An attack may ask for a part of the batch; the module's step wants as many inputs as labels.
+                return see(torch.cat([inputs, x[len(inputs) :]])).logits[: len(inputs)]
+
             clean = see(x)
             y = clean.targets if not clean.targets.is_floating_point() else clean.targets.argmax(1)
             self._robust.attack = self._attack(batch_idx, trainer)

@@ -1,0 +1,120 @@
+"""RobustAccuracyMonitor: in a fit, in a test, under every way that Lightning validates, and without a trace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+
+from lightning_recipes.callbacks import RobustAccuracyMonitor
+from lightning_recipes.core.recipe import RecipeError
+from tests.stock import Classifier, loader, quiet, same, weights
+
+
+class Linear(Classifier):
+    """Two classes by the sign of x - 1/2 on one pixel: the margin of every sample is its distance from 1/2."""
+
+    def __init__(self) -> None:
+        net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+        with torch.no_grad():
+            net[1].weight.copy_(torch.tensor([[-8.0], [8.0]]))
+            net[1].bias.copy_(torch.tensor([4.0, -4.0]))
+        super().__init__(net, lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+
+
+def data() -> Any:
+    """Eight samples at distances 0.05, 0.1, ... 0.4 from the boundary, every other one on either side."""
+    distance = torch.arange(1, 9) * 0.05
+    y = torch.arange(8) % 2
+    x = 0.5 + distance * (2 * y - 1)
+    return loader(x.reshape(8, 1, 1, 1), y, size=4)
+
+
+@pytest.mark.parametrize("inference_mode", [True, False])
+@pytest.mark.parametrize(("attack", "name"), [("fgsm", "fgsm"), ("pgd", "pgd-7-2")])
+def test_a_linear_models_robust_accuracy_is_its_margins(attack: Any, name: str, inference_mode: bool) -> None:
+    """A bound of 0.22 fells exactly the four samples nearer than that; on a linear model both attacks are exact."""
+    monitor = RobustAccuracyMonitor(attack, epsilon=0.22, steps=7, restarts=2)
+    module, trainer = Linear(), quiet(callbacks=[monitor], inference_mode=inference_mode)
+    (values,) = trainer.validate(module, data(), verbose=False)
+    assert values["robust_accuracy/clean"] == 1.0
+    assert values[f"robust_accuracy/{name}"] == 0.5
+
+
+def test_autoattack_finds_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("pyautoattack", reason="needs the attacks extra")
+
+    class Images(Classifier):
+        """Ten classes, one for each pixel: the largest of ten pixels wins."""
+
+        def __init__(self) -> None:
+            super().__init__(nn.Flatten(), lambda _: torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return F.cross_entropy(20 * self(x), y)
+
+    # pixel y stands above the rest by 0.1 or by 0.5: a bound of 0.1 moves both by 0.2 together
+    x = torch.full((8, 1, 2, 5), 0.4)
+    y = torch.arange(8)
+    x.flatten(1)[torch.arange(8), y] += torch.tensor([0.1, 0.5] * 4)
+    monitor = RobustAccuracyMonitor("autoattack", epsilon=0.1)
+    before = torch.get_rng_state()
+    (values,) = quiet(callbacks=[monitor]).validate(Images(), loader(x, y, size=8), verbose=False)
+    assert values["robust_accuracy/autoattack"] == 0.5
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_fit_is_bitwise_the_same_with_it(tmp_path: Path) -> None:
+    def train(callbacks: list[Any]) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4, 2))
+        module = Classifier(net)
+        trainer = quiet(max_epochs=3, callbacks=callbacks, logger=CSVLogger(tmp_path) if callbacks else False)
+        trainer.fit(module, data(), data())
+        return weights(module)
+
+    with_monitor = train([RobustAccuracyMonitor("pgd", epsilon=0.1, steps=3, restarts=1, every_n_epochs=2)])
+    assert same(train([]), with_monitor)
+    assert list(tmp_path.rglob("robust_accuracy_pgd-3-1.png")), "the curve is drawn where the run logs"
+
+
+def test_two_attacks_and_the_test_stage() -> None:
+    monitors = [RobustAccuracyMonitor("fgsm", 0.22), RobustAccuracyMonitor("pgd", 0.12, steps=5, restarts=1)]
+    (values,) = quiet(callbacks=monitors).test(TestedLinear(), data(), verbose=False)
+    assert values["robust_accuracy/fgsm"] == 0.5
+    assert values["robust_accuracy/pgd-5-1"] == 0.75
+
+
+class TestedLinear(Linear):
+    __test__ = False
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test/loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_only_the_first_batches_when_limited() -> None:
+    monitor = RobustAccuracyMonitor("fgsm", epsilon=0.22, limit_batches=1)
+    (values,) = quiet(callbacks=[monitor]).validate(Linear(), data(), verbose=False)
+    assert values["robust_accuracy/fgsm"] == 0.0  # the nearer four
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attack": "cw"}, "attack must be"),
+        ({"epsilon": 0.0}, "epsilon must be"),
+        ({"epsilon": 8, "mean": [0.5], "std": [0.5]}, "epsilon must be"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"mean": [0.5]}, "mean and std go together"),
+        ({"limit_batches": 0}, "limit_batches must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        RobustAccuracyMonitor(**arguments)
