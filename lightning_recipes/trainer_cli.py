@@ -17,7 +17,7 @@ import lightning_recipes.datamodules
 import lightning_recipes.modules  # noqa: F401
 from lightning_recipes import __version__
 from lightning_recipes.cli import PROG, find_config
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 
 
 class ConfigFile(ActionConfigFile):

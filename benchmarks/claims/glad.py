@@ -4,7 +4,7 @@ Without it (mix = 0) it is plain LoRA. Whether new classes and domains gain is a
 rotations of digits do not, and nothing here says so.
 
 The radius decides. At rho = 0.2 the minimum is flatter by half, on nearly every seed. At SAM's default of 0.05, small
-against adapters of this size, flatness gains little and not reliably; that arm is measured and reported all the same.
+against adapters of this size, flatness gains less and not reliably; that arm is measured and reported all the same.
 """
 
 from __future__ import annotations

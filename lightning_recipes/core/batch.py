@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 
 INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x", "img", "data")
 

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.patch import Patch
-from lightning_recipes.core.recipe import RecipeError
 
 CLASS_LOSSES = ("cross_entropy", "nll_loss")
 OBSERVED = (

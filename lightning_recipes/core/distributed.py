@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,10 +18,13 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_recipes.core import random
 from lightning_recipes.core.distributed import all_mean_, rank_and_world
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.patch import Patch
-from lightning_recipes.core.recipe import Recipe, RecipeError
 from lightning_recipes.core.silence import silent
 from lightning_recipes.core.step import at_batch
+
+if TYPE_CHECKING:
+    from lightning_recipes.core.recipe import Recipe
 
 Edit = Callable[[Optimizer], None]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,8 +19,11 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
 from lightning_recipes.core.distributed import rebuild_ddp, stateful_comm_hook
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.patch import Patch
-from lightning_recipes.core.recipe import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from lightning_recipes.core.recipe import Recipe
 
 _RATES = ("lr", "weight_decay", "params")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_recipes.core.distributed import check_strategy
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.gradients import GradientSocket, Window, check_optimizers
 from lightning_recipes.core.parameters import Claim, ParameterTable, user_flags
 from lightning_recipes.core.patch import Patch
-from lightning_recipes.core.recipe import Recipe, RecipeError, StepRecipe
 from lightning_recipes.core.step import StepSocket
 from lightning_recipes.core.surgery import Adapters, AdapterSpec, carries_adapters, inject, structure_of
+
+if TYPE_CHECKING:
+    from lightning_recipes.core.recipe import Recipe, StepRecipe
 
 _SESSIONS: weakref.WeakKeyDictionary[pl.Trainer, Session] = weakref.WeakKeyDictionary()
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 
 ROLES = ("q", "k", "v")
 SPLIT_NAMES = {

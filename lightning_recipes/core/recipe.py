@@ -9,19 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_recipes.core.prepare import Plan
-    from lightning_recipes.core.step import Step
-
-
-class RecipeError(ValueError):
-    """A recipe was asked for something it cannot do. The message names the argument and says what to do."""
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.prepare import Plan, Session
+from lightning_recipes.core.step import Step
 
 
 @dataclass(frozen=True)
@@ -123,23 +119,15 @@ class Recipe(pl.Callback):
     # -- Lightning's hooks, the same for every recipe ---------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        from lightning_recipes.core.prepare import Session
-
         Session.of(trainer, pl_module).join(self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        from lightning_recipes.core.prepare import Session
-
         Session.of(trainer, pl_module).on_fit_start(self)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        from lightning_recipes.core.prepare import Session
-
         Session.close_of(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        from lightning_recipes.core.prepare import Session
-
         Session.close_after_exception(trainer)
 
 
@@ -203,13 +191,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, torch.Size):
         return list(value)
     return repr(value)
-
-
-def check_argument(ok: bool, owner: object, name: str, value: Any, allowed: str) -> None:
-    """Raise one clear error for a bad constructor argument.
-
-    Raises:
-        RecipeError: ``<Recipe>: <name> must be <allowed>; got <value>``.
-    """
-    if not ok:
-        raise RecipeError(f"{type(owner).__name__}: {name} must be {allowed}; got {value!r}")

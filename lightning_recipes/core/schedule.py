@@ -13,7 +13,7 @@ from typing import Literal
 
 import lightning.pytorch as pl
 
-from lightning_recipes.core.recipe import RecipeError, check_argument
+from lightning_recipes.core.errors import RecipeError, check_argument
 
 
 def horizon(trainer: pl.Trainer, unit: Literal["epoch", "step"], why: str) -> int:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 
 HEAD_NAMES = ("head", "heads", "fc", "classifier", "score", "lm_head", "qa_outputs", "output", "out")
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor
 from lightning_recipes.core import random
 from lightning_recipes.core.criterion import Call, Observation, watching, wrap_named
 from lightning_recipes.core.distributed import rank_and_world
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.patch import Patch
-from lightning_recipes.core.recipe import RecipeError, StepRecipe
 from lightning_recipes.core.silence import silent
+
+if TYPE_CHECKING:
+    from lightning_recipes.core.recipe import StepRecipe
 
 _NEED_CRITERION = ("transform_logits", "transform_targets", "loss_weights")
 _AUTOMATIC_ONLY = ("loss_weights", "extra_loss", "own_loss_weight")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lightning_recipes.core import random, select
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.qkv import ROLES, open_projections
-from lightning_recipes.core.recipe import RecipeError
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer

@@ -266,7 +266,7 @@ def test_a_failed_setup_leaves_the_module_as_it_was(row: Row) -> None:
 
 def test_two_adapter_recipes_are_refused() -> None:
     from lightning_recipes.callbacks import GLAD, PEGO
-    from lightning_recipes.core.recipe import RecipeError
+    from lightning_recipes.core.errors import RecipeError
 
     row = Row("both", lambda: [PEGO(2), GLAD(rank=2)])
     with pytest.raises(RecipeError, match=r"PEGO and GLAD cannot share a Trainer"):

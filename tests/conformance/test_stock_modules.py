@@ -16,7 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lightning_recipes.callbacks import AAER, GLAD, PEGO, ProgressiveUnfreezing
-from lightning_recipes.core.recipe import RecipeError, StepRecipe
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.recipe import StepRecipe
 from lightning_recipes.core.schedule import EveryN
 
 from .table import ConvNet, digits, small_vit

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from lightning_recipes.callbacks import AAER
 from lightning_recipes.callbacks.robustness.aaer import abnormal_statistics, regularizer
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.random import key, uniform
-from lightning_recipes.core.recipe import RecipeError, StepRecipe
+from lightning_recipes.core.recipe import StepRecipe
 from tests.stock import Classifier, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples()

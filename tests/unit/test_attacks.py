@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_recipes.callbacks import RobustAccuracyMonitor
 from lightning_recipes.core.attacks import Box, RobustAccuracy, clip, fgsm, pgd
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 W = torch.tensor([[1.0, -2.0, 0.5], [-1.0, 0.0, 0.25]])  # of two classes

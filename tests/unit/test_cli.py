@@ -10,7 +10,8 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_recipes import callbacks, cli
-from lightning_recipes.core.recipe import Paper, Recipe, check_argument
+from lightning_recipes.core.errors import check_argument
+from lightning_recipes.core.recipe import Paper, Recipe
 
 STOCK = ["--model=lightning.pytorch.demos.boring_classes.BoringModel"]
 STOCK += ["--data=lightning.pytorch.demos.boring_classes.BoringDataModule"]

@@ -11,7 +11,8 @@ from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
 from lightning_recipes.core.criterion import OBSERVED, Observation, watching, wrap_named
-from lightning_recipes.core.recipe import RecipeError, StepRecipe
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.recipe import StepRecipe
 from tests.stock import Classifier, loader, mlp, quiet, samples
 
 G = torch.Generator().manual_seed(0)

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_recipes.core.recipe import Recipe, RecipeError, StepRecipe
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.recipe import Recipe, StepRecipe
 from tests.stock import Classifier, Watch, loader, mlp, quiet, samples, weights
 
 X, Y = samples()

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_recipes.callbacks import GLAD, PEGO
 from lightning_recipes.callbacks.adapters.glad import ascent, measures, mixed
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(24)

@@ -9,9 +9,10 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torchmetrics import MeanMetric
 
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.gradients import check_optimizers, global_norm, optimized, skip_if_nonfinite
 from lightning_recipes.core.random import key, uniform
-from lightning_recipes.core.recipe import Recipe, RecipeError, StepRecipe
+from lightning_recipes.core.recipe import Recipe, StepRecipe
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(20)

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.parameters import Claim
-from lightning_recipes.core.recipe import Recipe, RecipeError
+from lightning_recipes.core.recipe import Recipe
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(32)

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_recipes.callbacks import PEGO
 from lightning_recipes.callbacks.adapters.pego import orthogonality, overlaps
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(20)

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_recipes.callbacks import ProgressiveUnfreezing
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.schedule import At, EveryN, Plateau
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 

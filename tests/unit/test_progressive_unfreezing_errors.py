@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import BackboneFinetuning
 from torch.optim import SGD
 
 from lightning_recipes.callbacks import ProgressiveUnfreezing
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.schedule import At, EveryN, Plateau
 from tests.stock import Classifier, loader, mlp, quiet, same, samples, weights
 

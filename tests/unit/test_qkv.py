@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.qkv import FusedProjections, PackedProjections, RowSlice, open_projections
-from lightning_recipes.core.recipe import RecipeError
 
 
 class Split(nn.Module):

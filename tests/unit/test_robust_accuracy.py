@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_recipes.callbacks import RobustAccuracyMonitor
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, loader, quiet, same, weights
 
 

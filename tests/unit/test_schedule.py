@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lightning_recipes.callbacks.finetuning.progressive_unfreezing import awake, group_scales
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.schedule import At, EveryN, Plateau, cosine, exponential, geometric, linear
 from tests.stock import quiet
 

@@ -18,7 +18,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from lightning_recipes.core.recipe import RecipeError
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.select import head, layers, names_of, network, parameters_under
 from tests.stock import Classifier, mlp
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_recipes.core.recipe import RecipeError, StepRecipe
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.recipe import StepRecipe
 from lightning_recipes.core.step import prefix
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 

@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_recipes.core.recipe import Recipe, RecipeError
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.surgery import AdapterSpec, carries_adapters, inject, structure_of
 from tests.attention import CASES, Case, D, Encoder, bert, gpt2, timm_vit
 from tests.stock import Classifier, loader, mlp, quiet

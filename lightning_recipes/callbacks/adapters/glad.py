@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.gradients import Window, global_norm, optimized, skip_if_nonfinite
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.recipe import Paper, Recipe, RecipeError, check_argument
+from lightning_recipes.core.recipe import Paper, Recipe
 from lightning_recipes.core.surgery import Adapters, AdapterSpec
 
 

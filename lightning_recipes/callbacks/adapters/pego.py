@@ -25,8 +25,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.recipe import Paper, RecipeError, StepRecipe, check_argument
+from lightning_recipes.core.recipe import Paper, StepRecipe
 from lightning_recipes.core.select import has_batch_norm
 from lightning_recipes.core.step import Step
 from lightning_recipes.core.surgery import Adapters, AdapterSpec

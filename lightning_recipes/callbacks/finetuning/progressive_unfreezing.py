@@ -27,9 +27,10 @@ from torch.optim import Optimizer
 from lightning_recipes.core import select
 from lightning_recipes.core.diagnostics import log_values
 from lightning_recipes.core.distributed import from_rank_zero
+from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.parameters import Claim, batch_norms
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.recipe import Paper, Recipe, RecipeError, check_argument
+from lightning_recipes.core.recipe import Paper, Recipe
 from lightning_recipes.core.schedule import At, EveryN, Plateau
 
 

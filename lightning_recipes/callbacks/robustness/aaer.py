@@ -33,7 +33,9 @@ from torch import Tensor
 from lightning_recipes.core.attacks import Box, clip, sign_gradient
 from lightning_recipes.core.batch import get_input, with_input
 from lightning_recipes.core.distributed import all_sum
-from lightning_recipes.core.recipe import Paper, RecipeError, StepRecipe, check_argument
+from lightning_recipes.core.errors import RecipeError, check_argument
+from lightning_recipes.core.prepare import Plan
+from lightning_recipes.core.recipe import Paper, StepRecipe
 from lightning_recipes.core.schedule import linear
 from lightning_recipes.core.silence import modes_kept
 from lightning_recipes.core.step import Step
@@ -186,6 +188,10 @@ class AAER(StepRecipe):
     @property
     def neutral(self) -> bool:
         return self.epsilon == 0
+
+    def declare(self, plan: Plan) -> None:
+        self._checked = False  # another fit may bring other inputs
+        super().declare(plan)
 
     def transform_batch(self, step: Step, batch: Any) -> Any:
         """x to x + delta: a silent replay of the module's own step at the random start, and one step along the sign."""

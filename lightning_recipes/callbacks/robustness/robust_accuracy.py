@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from lightning_recipes.core.attacks import Box, Logits, RobustAccuracy, fgsm, pgd
 from lightning_recipes.core.batch import get_input, with_input
 from lightning_recipes.core.diagnostics import History, where_to_draw
+from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.random import forked, generator
-from lightning_recipes.core.recipe import Paper, Recipe, RecipeError, check_argument
+from lightning_recipes.core.recipe import Paper, Recipe
 from lightning_recipes.core.step import observe
 
 _NEEDS_EXTRA = "attack='autoattack' needs pyautoattack: pip install 'lightning_recipes[attacks]'"
