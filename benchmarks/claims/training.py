@@ -115,6 +115,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    net.train()  # Lightning would leave a network in eval mode as it is
     trainer.fit(StockClassifier(net, optimizer, schedule), batches)
     net.eval()
     return trainer

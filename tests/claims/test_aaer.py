@@ -1,7 +1,7 @@
 """AAER's claim: single-step adversarial training that also withstands a multi-step attack.
 
-Asserted at lambda3 = 2, chosen on other seeds; with the default of 1.5, the paper's at epsilon 8/255, the same seeds went
-the same way and missed each margin by a little.
+Asserted at lambda3 = 2, chosen on other seeds; with the default of 1.5, the paper's at epsilon 8/255, the same seeds
+went the same way and missed each margin by a little.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """PEGO's claim: updates off the pre-trained weights and apart from one another, and the source kept better.
 
-Asserted at weight 1e-4. At 1e-5 the overlap with W comes out near one half of plain LoRA's, on either side of it, and over
-six seeds in plain PyTorch the source was 1 point better, on three of them worse.
+Asserted at weight 1e-4. At 1e-5 the overlap with W comes out near one half of plain LoRA's, on either side of it, and
+over six seeds in plain PyTorch the source was 1 point better, on three of them worse.
 """
 
 import pytest
