@@ -101,7 +101,7 @@ class Session:
         self.claims: dict[Recipe, Callable[[], Claim]] = {}
         self.adapters: dict[Recipe, Adapters] = {}
         self.gradients = GradientSocket(trainer, module)
-        self.parameters = ParameterTable(trainer, module, user_flags(module))
+        self.parameters: ParameterTable  # made when the network exists
         self._undo = ExitStack()
         self._fit_started = False
         connector = trainer._checkpoint_connector
@@ -159,6 +159,7 @@ class Session:
         Raises:
             RecipeError: one clear error, before anything is trained or loaded.
         """
+        self.parameters = ParameterTable(self.trainer, self.module, user_flags(self.module))
         sections = checkpoint.get("callbacks", {})
         active = [recipe for recipe in self.recipes if not recipe.neutral]
         if self.fitting and active:
@@ -220,8 +221,7 @@ class Session:
             )
         kept = set(adapters.made) | set(adapters.kept_whole)
         base = Claim(frozen=frozenset(names) - kept)
-        own = self.claims.pop(recipe, None)
-        self.claims[recipe] = (lambda: base) if own is None else own
+        self.claims[recipe] = lambda: base
 
     def _attach(self) -> None:
         for recipe, claim in self.claims.items():

@@ -202,9 +202,9 @@ def _repeats(part: nn.Module) -> bool:
 
 
 def _shared_path(path: str, names: Sequence[str]) -> str:
-    """The deepest module path that at least half of the names share with the first; '' if that is `path` itself."""
+    """The deepest module path that three in four of the names share with the first; '' if that is `path` itself."""
     shared = names[0].rpartition(".")[0]
-    while shared != path and 2 * sum(_under(name, shared) for name in names) < len(names):
+    while shared != path and 4 * sum(_under(name, shared) for name in names) < 3 * len(names):
         shared = shared.rpartition(".")[0]
     return shared if shared != path else ""
 

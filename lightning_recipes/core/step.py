@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -303,8 +304,6 @@ def _stock_step(module: pl.LightningModule) -> Callable[..., Any]:
 
 
 def _rest(module: pl.LightningModule, batch_idx: int) -> tuple[int, ...]:
-    import inspect
-
     parameters = list(inspect.signature(inspect.unwrap(_stock_step(module))).parameters)
     takes_index = len([p for p in parameters if p != "self"]) > 1
     return (batch_idx,) if takes_index else ()

@@ -269,6 +269,21 @@ def test_under_manual_optimization_transforms_work_and_the_rest_is_refused() -> 
             fit(TwoOptimizers(), [recipe])
 
 
+def test_what_the_user_froze_in_configure_model_stays_frozen() -> None:
+    class Frozen(BuildsLate):
+        def configure_model(self) -> None:
+            super().configure_model()
+            self.body[0].requires_grad_(False)
+
+    module = Frozen()
+    torch.manual_seed(0)
+    start = [p.detach().clone() for p in ConvNet()[0].parameters()]
+    fit(module, [ProgressiveUnfreezing(at=EveryN(1))], max_epochs=5)
+    assert all(torch.equal(a, b) for a, b in zip(start, module.body[0].parameters()))
+    assert not any(p.requires_grad for p in module.body[0].parameters())
+    assert all(p.requires_grad for p in module.body[1:].parameters())
+
+
 @pytest.mark.parametrize("kind", ["classifier", "causal"])
 def test_hugging_face_models_with_their_own_loss(kind: str) -> None:
     recipe = Halve()

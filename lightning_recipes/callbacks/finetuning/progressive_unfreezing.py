@@ -145,11 +145,10 @@ class ProgressiveUnfreezing(Recipe):
     @property
     def neutral(self) -> bool:
         """All groups awake from the start at the optimizer's own rates, and nothing else asked for."""
-        times = self._when.at if isinstance(self._when, At) else ()
-        given_singly = isinstance(self.lr_scale, Sequence) and self.lr_scale != "paper"
-        scales = self.lr_scale if given_singly else group_scales(self.lr_scale, len(times))
-        asleep = self.never or self.groups == "auto" or self.weight_decay is not None
-        return bool(times) and not any(times) and all(s == 1 for s in scales) and not asleep and self.bn != "eval"
+        if not isinstance(self._when, At) or any(self._when.at) or self.groups == "auto":
+            return False
+        rates_kept = all(scale == 1 for scale in group_scales(self.lr_scale, len(self._when.at)))
+        return rates_kept and self.weight_decay is None and not self.never and self.bn != "eval"
 
     # -- declarations ------------------------------------------------------------------------------------------------
 
