@@ -50,4 +50,4 @@ $(STAMP): .venv/.made pyproject.toml
 
 $(STAMP)-%: .venv/.made pyproject.toml
 	$(RUN) pip install --disable-pip-version-check -e ".[$*]"
-	@touch $@ $(STAMP)
+	@touch $@ $(STAMP) $(STAMP)-plots # every extra here has it in it

@@ -9,8 +9,8 @@ trainable set) can be read from the recipes' sections of that checkpoint.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -170,13 +170,12 @@ class Session:
         for recipe, plan in plans.items():
             if self.fitting and plan.section is not None:
                 recipe.check_resume(plan.section)
-            recipe.declare(plan)
+            with _speaking_for(recipe):
+                recipe.declare(plan)
         try:
             self._operate(plans)
             if self.fitting:
                 self._attach()
-            for recipe, plan in plans.items():
-                recipe.after_prepare(plan)
         except BaseException:
             self.close()
             raise
@@ -198,7 +197,8 @@ class Session:
                 raise RecipeError(
                     f"{other} and {type(recipe).__name__} both adapt the module's layers; use one of them"
                 )
-            adapters = self.adapters[recipe] = inject(self.module, spec)
+            with _speaking_for(recipe):
+                adapters = self.adapters[recipe] = inject(self.module, spec)
             recipe.adapters, recipe._structure = adapters, spec.as_structure()
             self._undo.callback(self._finish_surgery, recipe, adapters)
             if self.fitting:
@@ -225,7 +225,8 @@ class Session:
 
     def _attach(self) -> None:
         for recipe, claim in self.claims.items():
-            self.parameters.claim(recipe, claim())
+            with _speaking_for(recipe):
+                self.parameters.claim(recipe, claim())
         if self.parameters.claimed:
             self.parameters.install(self._undo)
         if self.step_recipes:
@@ -251,6 +252,18 @@ class Session:
     def close(self) -> None:
         """Take everything off again, in reverse order."""
         self._undo.close()
+
+
+@contextmanager
+def _speaking_for(recipe: Recipe) -> Iterator[None]:
+    """Have an error from a socket say which recipe asked."""
+    name = type(recipe).__name__
+    try:
+        yield
+    except RecipeError as error:
+        if name in str(error):
+            raise
+        raise RecipeError(f"{name}: {error}") from error
 
 
 def _check_pairs(recipes: list[Recipe], trainer: pl.Trainer) -> None:

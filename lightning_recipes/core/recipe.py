@@ -81,9 +81,6 @@ class Recipe(pl.Callback):
             RecipeError: when the recipe cannot attach to this module or Trainer.
         """
 
-    def after_prepare(self, plan: Plan) -> None:
-        """Look at the prepared module (surgery done, trainable set applied) before anything is trained."""
-
     _structure: dict[str, Any] | None = None  # of the adapters in place, written by core.prepare
 
     # -- state -----------------------------------------------------------------------------------------------------
