@@ -19,6 +19,13 @@ def require(ok: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
+def check_shares(val_fraction: float, test_fraction: float, fraction: float) -> None:
+    """The three shares that a labelled set is cut by."""
+    require(0 <= val_fraction < 1, "val_fraction", val_fraction, "at least 0 and below 1")
+    require(0 <= test_fraction < 1, "test_fraction", test_fraction, "at least 0 and below 1")
+    require(0 < fraction <= 1, "fraction", fraction, "above 0 and at most 1")
+
+
 def find(path: str | os.PathLike, name: str = "path") -> str:
     """The absolute path of a file or folder (``~`` and ``$VARIABLES`` are expanded), or one error that says where."""
     full = os.path.abspath(os.path.expandvars(os.path.expanduser(os.fspath(path))))

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
-from lightning_recipes.datamodules.base import DataModule, require
-from lightning_recipes.datamodules.splits import balanced_share, stratified_split
+from lightning_recipes.datamodules.base import DataModule, check_shares, require
+from lightning_recipes.datamodules.splits import cut
 
 
 def as_nchw(images: np.ndarray | Tensor, name: str = "images") -> Tensor:
@@ -147,9 +147,7 @@ class ImageDataModule(DataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        require(0 <= val_fraction < 1, "val_fraction", val_fraction, "at least 0 and below 1")
-        require(0 <= test_fraction < 1, "test_fraction", test_fraction, "at least 0 and below 1")
-        require(0 < fraction <= 1, "fraction", fraction, "above 0 and at most 1")
+        check_shares(val_fraction, test_fraction, fraction)
         if (mean is None) != (std is None) or (mean is not None and len(mean) != len(std)):
             raise ValueError(f"mean={mean!r}, std={std!r}: must be given together, one number a channel")
         require(std is None or min(std) > 0, "std", std, "above 0 in every channel")
@@ -169,15 +167,8 @@ class ImageDataModule(DataModule):
         if self.train_set is not None:
             return
         sets = self.load()
-        train, val, test = sets.train, sets.val, sets.test
-        if test is None and self.test_fraction > 0:
-            kept, held = stratified_split(train.labels, self.test_fraction, self.seed, "test")
-            train, test = train.select(kept), train.select(held)
-        if val is None and self.val_fraction > 0:
-            kept, held = stratified_split(train.labels, self.val_fraction, self.seed, "val")
-            train, val = train.select(kept), train.select(held)
-        if self.fraction < 1:
-            train = train.select(balanced_share(train.labels, self.fraction, self.seed))
+        shares = self.val_fraction, self.test_fraction, self.fraction
+        train, val, test = cut(sets.train, sets.val, sets.test, *shares, seed=self.seed)
         self.class_names = sets.class_names
         self.train_set, self.val_set, self.test_set = self.for_training(train), self.plain(val), self.plain(test)
 

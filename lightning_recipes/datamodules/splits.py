@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -53,3 +54,25 @@ def few_shots(labels: Tensor | np.ndarray, shots: int, seed: int, classes: Itera
     members = _members(labels, seed, "shots")
     chosen = [members[c][:shots] for c in classes if c in members]
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
+
+
+def cut(
+    train: Any, val: Any, test: Any, val_fraction: float, test_fraction: float, fraction: float, seed: int
+) -> tuple[Any, Any, Any]:
+    """Cut what is missing of validation and test off the training set, by class, then keep a share of the rest.
+
+    Args:
+        train, val, test: sets with ``labels`` and ``select(indices)``; None for a part that the source does not have.
+        val_fraction, test_fraction: share of the training set for a missing part; 0 leaves it missing.
+        fraction: share of each class that is kept for training.
+        seed: of the cuts.
+    """
+    if test is None and test_fraction > 0:
+        kept, held = stratified_split(train.labels, test_fraction, seed, "test")
+        train, test = train.select(kept), train.select(held)
+    if val is None and val_fraction > 0:
+        kept, held = stratified_split(train.labels, val_fraction, seed, "val")
+        train, val = train.select(kept), train.select(held)
+    if fraction < 1:
+        train = train.select(balanced_share(train.labels, fraction, seed))
+    return train, val, test

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_recipes.datamodules.base import DataModule, find, require
-from lightning_recipes.datamodules.splits import balanced_share, stratified_split
+from lightning_recipes.datamodules.base import DataModule, check_shares, find, require
+from lightning_recipes.datamodules.splits import cut
 
 # Names that a file may use for a split.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test",)}
@@ -105,9 +105,7 @@ class TextDataModule(DataModule):
     ) -> None:
         super().__init__(**kwargs)
         require(max_length >= 1, "max_length", max_length, "an integer of at least 1")
-        require(0 <= val_fraction < 1, "val_fraction", val_fraction, "at least 0 and below 1")
-        require(0 <= test_fraction < 1, "test_fraction", test_fraction, "at least 0 and below 1")
-        require(0 < fraction <= 1, "fraction", fraction, "above 0 and at most 1")
+        check_shares(val_fraction, test_fraction, fraction)
         self.path = path
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -138,14 +136,8 @@ class TextDataModule(DataModule):
         train, val, test = sets["train"], sets["val"], sets["test"]
         if train is None:
             raise ValueError(f"path={self.path!r}: has no training row ({self.split_field}='train')")
-        if test is None and self.test_fraction > 0:
-            kept, held = stratified_split(train.labels, self.test_fraction, self.seed, "test")
-            train, test = train.select(kept), train.select(held)
-        if val is None and self.val_fraction > 0:
-            kept, held = stratified_split(train.labels, self.val_fraction, self.seed, "val")
-            train, val = train.select(kept), train.select(held)
-        if self.fraction < 1:
-            train = train.select(balanced_share(train.labels, self.fraction, self.seed))
+        shares = self.val_fraction, self.test_fraction, self.fraction
+        train, val, test = cut(train, val, test, *shares, seed=self.seed)
         self.train_set, self.val_set, self.test_set = train, val, test
 
     def pad(self, samples: Sequence[tuple[list[int], Tensor]]) -> dict[str, Tensor]:
@@ -239,12 +231,10 @@ class CharDataModule(DataModule):
     ) -> None:
         super().__init__(**kwargs)
         require(block_length >= 2, "block_length", block_length, "an integer of at least 2")
-        require(0 <= val_fraction < 1, "val_fraction", val_fraction, "at least 0 and below 1")
-        require(0 <= test_fraction < 1, "test_fraction", test_fraction, "at least 0 and below 1")
+        check_shares(val_fraction, test_fraction, fraction)
         require(
             val_fraction + test_fraction < 1, "val_fraction + test_fraction", val_fraction + test_fraction, "below 1"
         )
-        require(0 < fraction <= 1, "fraction", fraction, "above 0 and at most 1")
         self.path = path
         self.block_length = block_length
         self.val_fraction, self.test_fraction, self.fraction = val_fraction, test_fraction, fraction
