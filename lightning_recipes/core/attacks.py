@@ -6,6 +6,7 @@ Everything works on tensors and a function from inputs to logits; nothing here k
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ class Box:
     input_range: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std", "input_range"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
         if (self.mean is None) != (self.std is None):
             raise RecipeError(f"mean and std go together; got mean={self.mean}, std={self.std}")
         if self.std is not None and not all(s > 0 for s in self.std):
@@ -47,15 +51,20 @@ class Box:
         Raises:
             RecipeError: when x has another number of channels.
         """
-        if self.mean is None:
-            low, high = self.input_range
-            return tuple(torch.tensor(v, dtype=torch.float32, device=x.device) for v in (low, high, 1.0))
-        if x.dim() < 2 or x.shape[1] != len(self.mean):
+        if self.mean is not None and (x.dim() < 2 or x.shape[1] != len(self.mean)):
             raise RecipeError(f"mean and std have {len(self.mean)} channels; the batch has shape {tuple(x.shape)}")
-        shape = (-1, *[1] * (x.dim() - 2))
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=x.device).reshape(shape)
-        std = torch.tensor(self.std, dtype=torch.float32, device=x.device).reshape(shape)
-        return (0 - mean) / std, (1 - mean) / std, 1 / std
+        return _bounds(self, x.device, x.dim())
+
+
+@functools.cache  # a copy to the device in every step would wait for it
+def _bounds(box: Box, device: torch.device, dimensions: int) -> tuple[Tensor, Tensor, Tensor]:
+    if box.mean is None:
+        low, high = box.input_range
+        return tuple(torch.tensor(v, dtype=torch.float32, device=device) for v in (low, high, 1.0))
+    shape = (-1, *[1] * (dimensions - 2))
+    mean = torch.tensor(box.mean, dtype=torch.float32, device=device).reshape(shape)
+    std = torch.tensor(box.std, dtype=torch.float32, device=device).reshape(shape)
+    return (0 - mean) / std, (1 - mean) / std, 1 / std
 
 
 def clip(value: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -62,27 +62,32 @@ def orthogonality(w: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[
         (preserve, diversify): sum_i ||W D_i^T||_1 and sum_{i<j} ||D_i D_j^T||_1, in fp32.
     """
     with torch.autocast(w.device.type, enabled=False):
-        a, b, w = torch.stack([x.float() for x in a]), torch.stack([x.float() for x in b]), w.float()
-        preserve = _AbsoluteSum.apply(w @ a.mT, b).sum()
-        pairs = list(combinations(range(len(a)), 2))
-        if not pairs:
-            return preserve, preserve.new_zeros(())
-        i, j = (list(side) for side in zip(*pairs))
-        return preserve, _AbsoluteSum.apply(b[i] @ (a[i] @ a[j].mT), b[j]).sum()
+        a, b = [x.float() for x in a], [x.float() for x in b]
+        with_w, of_pairs = _products(w.float(), a, b)
+        return with_w.sum(), of_pairs.sum()
 
 
 def overlaps(w: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Scale-free overlaps of one projection: the means of ||W D_i^T||_1 / (||W||_F ||D_i||_F) and of
-    ||D_i D_j^T||_1 / (||D_i||_F ||D_j||_F); 0 where an update is 0."""
-    a, b, w = torch.stack([x.detach().float() for x in a]), torch.stack([x.detach().float() for x in b]), w.float()
-    norms = ((a @ a.mT) * (b.mT @ b)).sum((1, 2)).clamp_min(0).sqrt()  # ||B A||_F^2 = <A A^T, B^T B>
-    safe = norms.clamp_min(1e-12)
-    with_w = (_AbsoluteSum.apply(w @ a.mT, b) / (w.norm() * safe)).mean()
-    pairs = list(combinations(range(len(a)), 2))
-    if not pairs:
-        return with_w, with_w.new_zeros(())
-    i, j = (list(side) for side in zip(*pairs))
-    return with_w, (_AbsoluteSum.apply(b[i] @ (a[i] @ a[j].mT), b[j]) / (safe[i] * safe[j])).mean()
+    ||D_i D_j^T||_1 / (||D_i||_F ||D_j||_F); 0 where an update is 0 and where there are no pairs."""
+    a, b, w = [x.detach().float() for x in a], [x.detach().float() for x in b], w.float()
+    with_w, of_pairs = _products(w, a, b)
+    # ||B A||_F^2 = <A A^T, B^T B>
+    norms = [((x @ x.mT) * (y.mT @ y)).sum().clamp_min(0).sqrt().clamp_min(1e-12) for x, y in zip(a, b)]
+    scales = [x * y for x, y in combinations(norms, 2)]
+    mean_of_pairs = (of_pairs / torch.stack(scales)).mean() if scales else of_pairs.sum()
+    return (with_w / (w.norm() * torch.stack(norms))).mean(), mean_of_pairs
+
+
+def _products(w: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """||W D_i^T||_1 for every i, ``[N]``, and ||D_i D_j^T||_1 for every i < j, ``[N (N - 1) / 2]``."""
+    with_w = _AbsoluteSum.apply(w @ torch.stack(list(a)).mT, torch.stack(list(b)))
+    if len(a) == 1:
+        return with_w, with_w.new_zeros(0)
+    # Stacked by hand: indexing with a list would copy the index to the device, and wait, in every step.
+    first_a, second_a = (torch.stack(side) for side in zip(*combinations(a, 2)))
+    first_b, second_b = (torch.stack(side) for side in zip(*combinations(b, 2)))
+    return with_w, _AbsoluteSum.apply(first_b @ (first_a @ second_a.mT), second_b)
 
 
 class PEGO(StepRecipe):
