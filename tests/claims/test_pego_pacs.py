@@ -1,5 +1,7 @@
-"""PEGO on real images of four domains: its terms do what they say. Its gain on an unseen domain does not show on so small
-a network and is not asserted; the evidence has the figures."""
+"""PEGO on real images of four domains: its terms do what they say.
+
+Its gain on an unseen domain does not show on so small a network and is not asserted; the evidence has the figures.
+"""
 
 import os
 
