@@ -157,17 +157,17 @@ class StepRecipe(Recipe):
         """Return the targets that the loss shall see, hard ``[n]`` or soft ``[n, classes]``."""
         return targets
 
-    def loss_weights(self, step: Step) -> Tensor:
-        """Return one weight a sample, ``[n]``; the observed loss becomes the mean of weight times loss."""
-        raise NotImplementedError
+    def loss_weights(self, step: Step) -> Tensor | None:
+        """Return one weight a sample, ``[n]``, for the mean of weight times loss; None leaves the loss as it is."""
+        return None
 
     def extra_loss(self, step: Step) -> Tensor | Mapping[str, Tensor]:
         """Return a scalar to add to the loss, or several by name."""
-        raise NotImplementedError
+        return {}
 
     def own_loss_weight(self, step: Step) -> float:
         """Return the factor on the module's own loss; 0 drops the term instead of multiplying by 0."""
-        raise NotImplementedError
+        return 1.0
 
     @classmethod
     def overrides(cls, stage: str) -> bool:

@@ -188,7 +188,8 @@ class Step:
         for recipe in self._recipes:
             if recipe.overrides("loss_weights"):
                 weight = recipe.loss_weights(self)
-                weights = weight if weights is None else weights * weight
+                if weight is not None:
+                    weights = weight if weights is None else weights * weight
         return self.logits, self.targets, weights
 
     def computed(self, call: Call, logits: Tensor, targets: Tensor, loss: Any) -> None:

@@ -162,7 +162,11 @@ def test_trains_in_bf16(row: Row) -> None:
     module, fit = train(row, precision="bf16-mixed")
     assert all(p.dtype == torch.float32 for p in module.parameters())
     full, _ = train(row)
-    assert furthest(weights(module), weights(full)) < 0.1
+    torch.manual_seed(0)
+    start = Classifier(row.network(), row.optimizer)
+    moved = _distance(full, start)
+    assert moved > 0
+    assert _distance(module, full) < 0.25 * moved, "it ends where the 32-bit run ends, seen from where both began"
     assert torch.isfinite(fit.callback_metrics["loss"])
 
 
@@ -261,6 +265,19 @@ def test_a_failed_setup_leaves_the_module_as_it_was(row: Row) -> None:
     assert set(module.__dict__) <= own | {"_trainer", "_hparams"}
 
 
+def test_every_other_strategy_is_refused() -> None:
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    from lightning_recipes.core.errors import RecipeError
+
+    class Sharded(SingleDeviceStrategy):
+        """Stands for FSDP, DeepSpeed and the rest, which need a GPU to be built."""
+
+    for row in ROWS:
+        with pytest.raises(RecipeError, match=r"Trainer\(strategy=...\) is Sharded"):
+            train(row, strategy=Sharded(torch.device("cpu")), accelerator="auto")
+
+
 # -- 9. together -----------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +295,11 @@ def _what_moves(module: pl.LightningModule) -> list[str]:
     torch.manual_seed(0)
     fresh = weights(Classifier(type(module.network)() if isinstance(module.network, ConvNet) else _vit()))
     return [name for name, value in weights(module).items() if not torch.equal(value, fresh[name])]
+
+
+def _distance(a: pl.LightningModule, b: pl.LightningModule) -> float:
+    """L2 over all parameters."""
+    return torch.cat([(p - q).flatten() for p, q in zip(a.parameters(), b.parameters(), strict=True)]).norm().item()
 
 
 def _vit() -> torch.nn.Module:

@@ -383,3 +383,23 @@ def test_the_loss_still_falls():
     before = F.cross_entropy(module(X), Y).item()
     fit(module, Unfreeze(at=(0, 1, 2)), epochs=20)
     assert F.cross_entropy(module(X), Y).item() < before
+
+
+def test_a_second_fit_with_the_same_object_begins_anew() -> None:
+    recipe = Unfreeze(at=Plateau("val/loss", patience=1))
+    net = mlp()
+    fit(Classifier(net, lambda parameters: SGD(parameters, lr=0.0)), recipe, epochs=4, val=True)
+    assert recipe.state()["stage"] > 1, "nothing improves at rate 0, so groups woke"
+    stages = []
+    watch = Watch(on_train_batch_start=lambda *_: stages.append(recipe.state()["stage"]))
+    fit(Classifier(mlp(), lambda parameters: SGD(parameters, lr=0.0)), recipe, watch, epochs=1, val=True)
+    assert set(stages) == {1}
+
+
+def test_no_gradient_is_edited_where_the_wrapper_is_rebuilt() -> None:
+    """By default the clipping hook is left alone, so optimizers that unscale in their step stay allowed."""
+    seen = []
+    watch = Watch(on_train_batch_start=lambda _, module, *__: seen.append(set(module.__dict__)))
+    fit(Classifier(mlp()), Unfreeze(at=(0, 1, 2)), watch)
+    assert seen
+    assert all("configure_gradient_clipping" not in names for names in seen)

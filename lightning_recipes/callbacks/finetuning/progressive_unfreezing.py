@@ -45,6 +45,7 @@ def awake(times: Sequence[float], now: float) -> int:
 
 
 PAPER_SCALES = (1.0, 0.5, 0.25, 0.1)
+_NOTHING_DONE = {"stage": 0, "stalls": 0, "best": math.inf, "waited": 0}
 
 
 def group_scales(lr_scale: Literal["paper"] | Sequence[float] | float | None, count: int) -> list[float]:
@@ -162,10 +163,9 @@ class ProgressiveUnfreezing(Recipe):
             )
         self._plan = plan
         plan.parameters(self._first_claim)
-        if plan.section is not None:
-            self.load_state(plan.section["state"])
-        if self.mechanism != "rewrap":  # 'auto' decides once the groups are known
-            plan.edit_gradients(self._drop_gradients)
+        self.load_state(_NOTHING_DONE if plan.section is None else plan.section["state"])
+        if self.mechanism == "drop_grad" or (self.mechanism == "auto" and _is_compiled(plan.module)):
+            plan.edit_gradients(self._drop_gradients)  # 'auto' decides whether to drop once the groups are known
 
     def _first_claim(self) -> Claim:
         """Runs after surgery, so that adapters and merged names are where they will stay."""
@@ -317,7 +317,7 @@ class ProgressiveUnfreezing(Recipe):
     def state(self) -> dict[str, Any]:
         when = self._when
         plateau = {"best": when.best, "waited": when.waited} if isinstance(when, Plateau) else {}
-        return {"stage": self._stage, "stalls": self._stalls, **plateau}
+        return {**_NOTHING_DONE, "stage": self._stage, "stalls": self._stalls, **plateau}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._stage, self._stalls = state["stage"], state["stalls"]
