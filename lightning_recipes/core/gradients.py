@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -77,6 +78,15 @@ class GradientSocket:
             patch = Patch(self.module, "configure_gradient_clipping", lambda *a, **k: self._clip(patch, *a, **k))
             undo.callback(patch.restore)
 
+    def state(self) -> list[Any]:
+        """The micro-batches of an accumulation window under way, as a checkpoint takes them."""
+        return self._window.state() if self._window is not None else []
+
+    def load_state(self, state: Sequence[Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        if self._window is not None:
+            self._window.load_state(state)
+
     def _clip(self, patch: Patch, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         for edit in self._edits["before_clip"]:
             edit(optimizer)
@@ -130,6 +140,18 @@ class Window:
         finally:
             self._recording = True
             self._steps.clear()
+
+    def state(self) -> list[Any]:
+        """The steps so far, as a checkpoint takes them; none at the end of a window."""
+        return [[list(args), index, list(state), loss] for args, index, state, loss in self._steps]
+
+    def load_state(self, state: Sequence[Any]) -> None:
+        """Take back what :meth:`state` gave."""
+        device = self.module.device
+        self._steps[:] = [
+            (tuple(move_data_to_device(args, device)), index, tuple(random_state), loss.to(device))
+            for args, index, random_state, loss in state
+        ]
 
     @property
     def loss(self) -> Tensor:

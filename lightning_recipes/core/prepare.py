@@ -11,11 +11,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,6 +26,7 @@ from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.gradients import GradientSocket, Window, check_optimizers
 from lightning_recipes.core.parameters import Claim, ParameterTable, user_flags
 from lightning_recipes.core.patch import Patch
+from lightning_recipes.core.reentry import what_a_resume_loses
 from lightning_recipes.core.step import StepSocket
 from lightning_recipes.core.surgery import Adapters, AdapterSpec, carries_adapters, inject, structure_of
 
@@ -32,6 +34,13 @@ if TYPE_CHECKING:
     from lightning_recipes.core.recipe import Recipe, StepRecipe
 
 _SESSIONS: weakref.WeakKeyDictionary[pl.Trainer, Session] = weakref.WeakKeyDictionary()
+
+
+class Part(Protocol):
+    """Something that takes hold of the Trainer's own machinery and lets go of it again."""
+
+    def install(self, undo: ExitStack) -> None:
+        """Take hold, and leave with `undo` how to let go."""
 
 
 class Plan:
@@ -82,6 +91,19 @@ class Plan:
         """Claim anew during the fit: at an optimizer-step boundary and at the same one on all ranks."""
         self._session.parameters.claim(self._recipe, claim)
 
+    def install(self, part: Part) -> None:
+        """Have a part of the fit's machinery put on for the length of the fit."""
+        self._session.parts.append(part)
+
+    def keeps_place(self) -> None:
+        """Say that the recipe continues this run at the place where its checkpoint was taken."""
+        self._session.keeps_place = True
+
+    @property
+    def gradients(self) -> GradientSocket:
+        """The gradient socket, for what it has under way in the middle of an accumulation window."""
+        return self._session.gradients
+
     @property
     def trainable_parameters(self) -> int:
         """Number of scalars that train now."""
@@ -97,6 +119,8 @@ class Session:
         self.recipes: list[Recipe] = []
         self.step_recipes: list[StepRecipe] = []
         self.edits: list[Recipe] = []
+        self.parts: list[Part] = []
+        self.keeps_place = False
         self.specs: dict[Recipe, AdapterSpec] = {}
         self.claims: dict[Recipe, Callable[[], Claim]] = {}
         self.adapters: dict[Recipe, Adapters] = {}
@@ -172,6 +196,8 @@ class Session:
                 recipe.check_resume(plan.section)
             with _speaking_for(recipe):
                 recipe.declare(plan)
+        if self.fitting and not self.keeps_place and (lost := what_a_resume_loses(checkpoint)):
+            rank_zero_warn(lost)
         try:
             self._operate(plans)
             if self.fitting:
@@ -232,6 +258,8 @@ class Session:
         if self.step_recipes:
             StepSocket(self.trainer, self.module, self.step_recipes).install(self._undo)
         self.gradients.install(self._undo)
+        for part in self.parts:
+            part.install(self._undo)
 
     def _check_step_signature(self) -> None:
         if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):

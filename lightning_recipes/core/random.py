@@ -3,15 +3,23 @@
 Two kinds. :func:`generator` gives a seeded CPU generator for one decision that all ranks must share (a CutMix box).
 :func:`uniform` gives numbers that belong to a *sample*: they depend on the key and the sample's index alone, not on the
 rank, the worker, the micro-batch or the device the sample happens to be on.
+
+The global state itself is only ever read and put back: :func:`forked` around a piece of work, :func:`snapshot` for a
+checkpoint, :func:`generators_in` for generators that somebody's own object holds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,3 +89,90 @@ def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         set_rng_state(state, device)
+
+
+# -- whole states, for checkpoints -----------------------------------------------------------------------------------
+
+Generator = torch.Generator | random.Random | np.random.RandomState | np.random.Generator
+
+
+def snapshot(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
+    """The global random state of Python, NumPy, torch's CPU and these devices, as a checkpoint takes it."""
+    return {
+        "python": state_of(random._inst),
+        "numpy": state_of(np.random.mtrand._rand),
+        "torch": torch.get_rng_state(),
+        "devices": {str(d): torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"},
+    }
+
+
+def restore(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`snapshot` gave; a device that is not here is left alone."""
+    set_state_of(random._inst, state["python"])
+    set_state_of(np.random.mtrand._rand, state["numpy"])
+    torch.set_rng_state(state["torch"])
+    for name, value in state["devices"].items():
+        device = torch.device(name)
+        torch.get_device_module(device).set_rng_state(value, device)
+
+
+def state_of(generator: Generator) -> Any:
+    """One generator's state, as a checkpoint takes it."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        version, numbers, gauss = generator.getstate()
+        return [version, torch.tensor(numbers), gauss]
+    if isinstance(generator, np.random.RandomState):
+        return _plain(generator.get_state(legacy=False))
+    return _plain(generator.bit_generator.state)
+
+
+def set_state_of(generator: Generator, state: Any) -> None:
+    """Put back what :func:`state_of` gave."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        version, numbers, gauss = state
+        generator.setstate((version, tuple(numbers.tolist()), gauss))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_arrays(state))
+    else:
+        generator.bit_generator.state = _arrays(state)
+
+
+def _plain(state: Any) -> Any:
+    """NumPy's arrays as tensors, which load with ``weights_only=True``."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return torch.from_numpy(state.copy()) if isinstance(state, np.ndarray) else state
+
+
+def _arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _arrays(value) for key, value in state.items()}
+    return state.numpy() if isinstance(state, Tensor) else state
+
+
+def generators_in(root: Any, most: int = 10_000) -> list[Generator]:
+    """The generators that an object holds, in an order that is the same in every process.
+
+    Looks through attributes, dicts and short lists (a data set's transforms, a ``Subset``'s data set) at up to `most`
+    objects; long lists are samples and not looked at. The global generators are not among the result.
+    """
+    found: list[Generator] = []
+    known = {id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
+    queue = deque([root])
+    while queue and len(known) < most:
+        item = queue.popleft()
+        if id(item) in known:
+            continue
+        known.add(id(item))
+        if isinstance(item, Generator):
+            found.append(item)
+        elif isinstance(item, (list, tuple, dict)):
+            if len(item) <= 100:
+                queue.extend(item.values() if isinstance(item, dict) else item)
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, ModuleType, FunctionType, Tensor)):
+            queue.extend(vars(item).values())
+    return found

@@ -1,0 +1,1 @@
+"""Recipes for runs that are interrupted and go on."""
