@@ -7,4 +7,4 @@ from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.robust_accuracy import RobustAccuracyMonitor
 
-__all__ = ["AAER", "ExactResume", "GLAD", "PEGO", "ProgressiveUnfreezing", "RobustAccuracyMonitor"]
+__all__ = ["AAER", "GLAD", "PEGO", "ExactResume", "ProgressiveUnfreezing", "RobustAccuracyMonitor"]

@@ -110,7 +110,7 @@ class Window:
         run: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self.owner, self.trainer, self.module, self._run = owner, trainer, module, run
-        self._steps: list[tuple[tuple[Any, ...], int, Any, Tensor]] = []
+        self._steps: list[tuple[tuple[Any, ...], int, dict[str, Any], Tensor]] = []
         self._patch: Patch | None = None
         self._recording = True
 
@@ -125,7 +125,7 @@ class Window:
             return self._patch.original(*args)
         if self.trainer.fit_loop.batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._steps.clear()
-        state = random.rng_state(self.module.device)
+        state = random.states([self.module.device])
         output = self._patch.original(*args)
         if output is not None:
             self._steps.append((args, self.trainer.fit_loop.batch_idx, state, _loss(output).detach()))
@@ -143,14 +143,14 @@ class Window:
 
     def state(self) -> list[Any]:
         """The steps so far, as a checkpoint takes them; none at the end of a window."""
-        return [[list(args), index, list(state), loss] for args, index, state, loss in self._steps]
+        return [[list(args), index, random.as_saved(state), loss] for args, index, state, loss in self._steps]
 
     def load_state(self, state: Sequence[Any]) -> None:
         """Take back what :meth:`state` gave."""
         device = self.module.device
         self._steps[:] = [
-            (tuple(move_data_to_device(args, device)), index, tuple(random_state), loss.to(device))
-            for args, index, random_state, loss in state
+            (tuple(move_data_to_device(args, device)), index, random.from_saved(states), loss.to(device))
+            for args, index, states, loss in state
         ]
 
     @property
@@ -179,7 +179,7 @@ class Window:
                 parameter.grad = None
             with torch.enable_grad(), silent(module):
                 for number, (args, index, state, _) in enumerate(self._steps, 1):
-                    random.set_rng_state(state, module.device)
+                    random.set_states(state)
                     with trainer.precision_plugin.train_step_context(), at_batch(index, number == len(self._steps)):
                         loss = _loss(module.training_step(*args) if self._run is None else self._run(args[0]))
                     losses.append(loss.detach())

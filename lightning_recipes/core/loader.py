@@ -11,14 +11,13 @@ the user's own) is read again from the beginning of the epoch, with the random s
 
 from __future__ import annotations
 
-import random as python_random
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -36,16 +35,16 @@ class TrainingData:
 
     Args:
         trainer: the user's.
+        owner: name of the recipe that asks, for messages.
         place: what :meth:`place` gave in the process that is continued; None for a fit from the beginning.
     """
 
-    def __init__(self, trainer: pl.Trainer, place: Mapping[str, Any] | None = None) -> None:
-        self._loop, self._resume = trainer.fit_loop, place
+    def __init__(self, trainer: pl.Trainer, owner: str, place: Mapping[str, Any] | None = None) -> None:
+        self._loop, self._owner, self._resume = trainer.fit_loop, owner, place
         self._loader: CombinedLoader
         self._held_once = False
         self._way = "again"  # or 'skip', or 'own': how another process gets to the place
-        self._began: dict[str, Any] | None = None
-        self._first: dict[str, Any] | None = None
+        self._read: dict[str, Any] = {}  # in the way 'again': how the running epoch's data were read
 
     def install(self, undo: ExitStack) -> None:
         """Take hold of every training loader that Lightning makes; leave the removal with `undo`."""
@@ -76,18 +75,29 @@ class TrainingData:
         self._held_once = True
 
     def _watch(self, loader: CombinedLoader) -> Any:
-        """Note the moments at which an iteration begins and at which its first batch is asked for."""
+        """Note the moment at which an iteration begins, and the random states before batches that hang on them."""
         stock, data = type(loader), self
 
         class Watched(stock):
             def __iter__(self) -> Any:
-                data._began, data._first = _moment(self.flattened), None
+                data._read = {"began": _moment(self.flattened), "states": {}, "batches": 0}
                 return super().__iter__()
 
             def __next__(self) -> Any:
-                if data._first is None:
-                    data._first = _moment(self.flattened)
-                return super().__next__()
+                read, number = data._read, data._read["batches"]
+                alone = len(self.flattened) == 1
+                if number and alone and sized_len(self) is not None:  # only its beginning draws what counts
+                    batch = super().__next__()
+                else:
+                    states, iterators = random.states(), list(self._iterator.iterators)
+                    batch = super().__next__()
+                    if alone and number > 1:
+                        del read["states"][number - 1]  # Lightning, one batch ahead without a length, holds the last
+                    begun = any(one is not other for one, other in zip(iterators, self._iterator.iterators))
+                    if alone or not number or begun:  # a shorter loader that begins again draws
+                        read["states"][number] = random.as_saved(states)
+                read["batches"] += 1
+                return batch
 
         loader.__class__ = Watched
 
@@ -100,17 +110,15 @@ class TrainingData:
 
     def place(self) -> dict[str, Any]:
         """Where this rank stands, as a checkpoint takes it; between two batches."""
-        batches = self._loop.epoch_loop.batch_progress.current.ready
         place = {
             "way": self._way,
             "epoch": self._loop.trainer.current_epoch,
-            "batches": batches,
             "of": self._shape(),
-            "held": [[random.state_of(g) for g in found] for found in self._held()],
         }
         if self._way == "again":
-            return {**place, "began": self._began, "first": self._first}
-        return {**place, "state": self._loader._iterator.iterators[0].state_dict()}
+            return {**place, **self._read, "done": self._loop._data_fetcher.done}
+        iterator = self._loader._iterator.iterators[0]
+        return {**place, "state": _with_indices_under_way(iterator) if self._way == "skip" else iterator.state_dict()}
 
     def _shape(self) -> list[dict[str, Any]]:
         """What must not change for a place to mean the same thing."""
@@ -127,45 +135,57 @@ class TrainingData:
         here, there = self._shape(), place["of"]
         if len(here) != len(there) or place["way"] != self._way:
             raise RecipeError(
-                f"the checkpoint was written with other training data ({len(there)} loaders, continued by"
-                f" {place['way']!r}; here {len(here)}, {self._way!r})"
+                f"{self._owner}: the checkpoint was written with other training data: {len(there)} loaders"
+                f" ({place['way']}), here {len(here)} ({self._way})"
             )
         for mine, theirs in zip(here, there):
             for name, value in mine.items():
                 if value != theirs[name]:
                     raise RecipeError(
-                        f"the training data differ from the checkpoint's: {name} is {value}, there it was"
-                        f" {theirs[name]}; resume with the same data, or leave ExactResume out and accept that"
+                        f"{self._owner}: the training data differ from the checkpoint's: {name} is {value}, there it"
+                        f" was {theirs[name]}; resume with the same data, or leave {self._owner} out and accept that"
                         " samples are repeated or missed"
                     )
 
     def catch_up(self) -> None:
         """Read again what the epoch had read, where the place cannot be reached in another way."""
         place = self._resume
-        if place is None or self._way != "again" or place["first"] is None:
+        if place is None or self._way != "again" or not place["batches"]:
             return
-        fetcher, batches = self._loop._data_fetcher, place["batches"]
-        rank_zero_info(f"ExactResume: reading the epoch's first {batches} batches again")
-        self._loader.reset()  # workers that began with another order
-        _back_to(self._loader.flattened, place["began"])
-        iter(fetcher)
-        _back_to(self._loader.flattened, place["first"])
-        for _ in range(batches):
-            next(fetcher)
-        fetcher.fetched -= batches  # Lightning adds them when the epoch goes on
-        self._began, self._first = place["began"], place["first"]
+        loader, fetcher = self._loader, self._loop._data_fetcher
+        rank_zero_info(f"{self._owner}: reading the epoch's first {place['batches']} batches again")
+        loader.reset()  # workers that began with another order
+        _back_to(loader.flattened, place["began"])
+        fetcher.iterator = iter(loader)
+        fetcher.reset()
+        for number in range(place["batches"]):
+            if number in place["states"]:
+                random.restore(place["states"][number])
+            batch = next(loader)
+        self._read = {name: place[name] for name in ("began", "states", "batches")}
+        fetcher.done = place["done"]
+        if fetcher.length is None and not fetcher.done:
+            fetcher.batches = [batch]
 
-    def settle(self) -> None:
-        """Give every generator that the loaders hold the state that it had."""
-        if self._resume is not None:
-            for found, states in zip(self._held(), self._resume["held"]):
-                for generator, state in zip(found, states):
-                    random.set_state_of(generator, state)
+    def held(self) -> list[list[Any] | None]:
+        """The states of all generators that the loaders hold, as a checkpoint takes them."""
+        return [None if found is None else [random.state_of(g) for g in found] for found in self._held()]
 
-    def _held(self) -> list[list[random.Generator]]:
-        """The generators in the training loaders and in the validation loaders."""
-        validation = self._loop.epoch_loop.val_loop._combined_loader
-        return [random.generators_in(each.flattened) if each is not None else [] for each in (self._loader, validation)]
+    def settle(self, held: Sequence[Sequence[Any] | None]) -> None:
+        """Give every generator that the loaders hold the state of :meth:`held`."""
+        trainer, validation = self._loop.trainer, self._loop.epoch_loop.val_loop
+        if held[1] is not None and validation._combined_loader is None:
+            trainer.validating = True
+            validation.setup_data()
+            trainer.training = True
+        for found, states in zip(self._held(), held):
+            for generator, state in zip(found or (), states or ()):
+                random.set_state_of(generator, state)
+
+    def _held(self) -> list[list[random.Generator] | None]:
+        """The generators in the training loaders and in the validation loaders; None for loaders not made yet."""
+        loaders = (self._loader, self._loop.epoch_loop.val_loop._combined_loader)
+        return [None if each is None else random.generators_in(each.flattened) for each in loaders]
 
 
 def _moment(parts: Any) -> dict[str, Any]:
@@ -215,7 +235,7 @@ class _Resumable(StatefulDataLoader):
 
     @property
     def _index_sampler(self) -> Any:
-        return _Order(super()._index_sampler, self.generator, self.num_workers > 0)
+        return _Order(super()._index_sampler, self.generator, self.num_workers * (self.prefetch_factor or 0))
 
     def _get_iterator(self) -> Any:
         if not self.num_workers:
@@ -254,10 +274,10 @@ class _Order:
     Args:
         sampler: the loader's batch sampler, or its sampler where it does not batch.
         generator: the loader's.
-        ahead: whether workers ask for indices before the training needs them.
+        ahead: how many indices workers may have before the training needs them.
     """
 
-    def __init__(self, sampler: Any, generator: torch.Generator | None, ahead: bool) -> None:
+    def __init__(self, sampler: Any, generator: torch.Generator | None, ahead: int) -> None:
         self.sampler, self.ahead = sampler, ahead
         self.parts = [sampler, generator]
 
@@ -271,44 +291,58 @@ class _Order:
 class _Dealing(Iterator[Any]):
     """One iteration over a sampler.
 
-    A sampler may draw when its iteration begins, at its first index (as ``RandomSampler`` does, after the loader drew
-    its workers' seed), or at every index. The first two are repeated from the states of those moments. For the third
-    the state after each draw is kept too where workers ask ahead: the indices under way are then drawn again alike.
+    A sampler may draw its numbers when its iteration begins, or at its first index (as ``RandomSampler`` does, after
+    the loader drew its workers' seed): that is repeated from the states of those two moments. It may also draw at
+    every index; then workers hold indices that nobody can draw again, which is why they are kept.
     """
 
     def __init__(self, order: _Order) -> None:
         self._order, self._drawn = order, 0
-        self._began, self._first, self._after = _moment(order.parts), None, None
+        self._began, self._first = _moment(order.parts), None
         self._indices = iter(order.sampler)
+        self._latest: deque[Any] = deque(maxlen=order.ahead)
 
     def __next__(self) -> Any:
         if self._first is None:
             self._first = _moment(self._order.parts)
-        before = _globally() if self._order.ahead and self._drawn else None
         index = next(self._indices)
         self._drawn += 1
-        if before is not None and (self._after is not None or before != _globally()):
-            self._after = _moment(self._order.parts)
+        self._latest.append(index)
         return index
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"began": self._began, "first": self._first, "after": self._after, "drawn": self._drawn}
+    def state_dict(self, used: int | None = None) -> dict[str, Any]:
+        """The place after `used` indices; those drawn since are under way. None for no such."""
+        under_way = self._drawn - used if used is not None else 0
+        latest = [_plain_index(index) for index in list(self._latest)[len(self._latest) - under_way :]]
+        return {"began": self._began, "first": self._first, "drawn": self._drawn, "under_way": latest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._began, self._first, self._after, self._drawn = (state[k] for k in ("began", "first", "after", "drawn"))
+        self._began, self._first, self._drawn = state["began"], state["first"], state["drawn"]
         _back_to(self._order.parts, self._began)
         self._indices = iter(self._order.sampler)
         if self._first is not None:
             _back_to(self._order.parts, self._first)
         next(islice(self._indices, self._drawn, self._drawn), None)
-        if self._after is not None:
-            _back_to(self._order.parts, self._after)
+        self._drawn -= len(state["under_way"])
+        self._indices = chain(state["under_way"], self._indices)
 
 
-def _globally() -> tuple[Any, ...]:
-    """The global random state in a form that is quick to compare."""
-    _, numbers, *rest = np.random.get_state()
-    return python_random.getstate(), numbers.tobytes(), rest, torch.get_rng_state().numpy().tobytes()
+def _with_indices_under_way(iterator: Any) -> dict[str, Any]:
+    """torchdata's state of an iterator; where workers are ahead, with the indices that they have been given."""
+    state = iterator.state_dict()
+    if "_snapshot" not in state:
+        return state
+    snapshot = state["_snapshot"]
+    dealt = iterator._sampler_iter.state_dict(used=iterator._num_yielded)
+    main = {**snapshot["_main_snapshot"], "_sampler_iter_state": dealt}
+    return {**state, "_snapshot": {**snapshot, "_main_snapshot": main}}
+
+
+def _plain_index(index: Any) -> Any:
+    """An index without NumPy's and torch's integers, which a checkpoint would not load."""
+    if isinstance(index, (list, tuple)):
+        return type(index)([_plain_index(each) for each in index])
+    return int(index) if hasattr(index, "__index__") else index
 
 
 class _InWorker:

@@ -84,12 +84,17 @@ def metric_states(module: nn.Module) -> dict[str, Any]:
     """The states of every torchmetrics metric in a module, by its name there."""
     return {
         name: {
-            "states": plain({key: getattr(metric, key) for key in metric._defaults}),
+            "states": {key: _copy(getattr(metric, key)) for key in metric._defaults},
             "counts": plain({key: metric.__dict__[key] for key in _COUNTED[3:] if key in metric.__dict__}),
         }
         for name, metric in module.named_modules()
         if isinstance(metric, Metric)
     }
+
+
+def _copy(value: Any) -> Any:
+    """A state that further updates leave alone: they write into a tensor, and add to a list."""
+    return list(value) if isinstance(value, list) else value.detach().clone()
 
 
 def restore_metrics(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -67,53 +67,51 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The global random state of the CPU and, on an accelerator, of that device."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def set_rng_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Put back what :func:`rng_state` gave."""
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-
-
 @contextmanager
 def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Leave the global random state as it was; inside, start from `seed` if one is given."""
-    state = rng_state(device)
+    """Leave the global random state as it was; inside, torch starts from `seed` if one is given."""
+    state = states([device])
     try:
         if seed is not None:
             torch.manual_seed(seed & (2**63 - 1))
         yield
     finally:
-        set_rng_state(state, device)
+        set_states(state)
 
 
-# -- whole states, for checkpoints -----------------------------------------------------------------------------------
+# -- whole states ----------------------------------------------------------------------------------------------------
 
 Generator = torch.Generator | random.Random | np.random.RandomState | np.random.Generator
 
 
-def snapshot(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
-    """The global random state of Python, NumPy, torch's CPU and these devices, as a checkpoint takes it."""
+def states(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
+    """The global random state of Python, NumPy, torch's CPU and these devices."""
     return {
-        "python": state_of(random._inst),
-        "numpy": state_of(np.random.mtrand._rand),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
         "torch": torch.get_rng_state(),
         "devices": {str(d): torch.get_device_module(d).get_rng_state(d) for d in devices if d.type != "cpu"},
     }
 
 
-def restore(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`snapshot` gave; a device that is not here is left alone."""
-    set_state_of(random._inst, state["python"])
-    set_state_of(np.random.mtrand._rand, state["numpy"])
+def set_states(state: Mapping[str, Any]) -> None:
+    """Put back what :func:`states` gave."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     for name, value in state["devices"].items():
         device = torch.device(name)
         torch.get_device_module(device).set_rng_state(value, device)
+
+
+def snapshot(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
+    """:func:`states` as a checkpoint takes them: loads with ``weights_only=True``."""
+    return as_saved(states(devices))
+
+
+def restore(saved: Mapping[str, Any]) -> None:
+    """Put back what :func:`snapshot` gave."""
+    set_states(from_saved(saved))
 
 
 def state_of(generator: Generator) -> Any:
@@ -121,37 +119,45 @@ def state_of(generator: Generator) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
-        version, numbers, gauss = generator.getstate()
-        return [version, torch.tensor(numbers), gauss]
-    if isinstance(generator, np.random.RandomState):
-        return _plain(generator.get_state(legacy=False))
-    return _plain(generator.bit_generator.state)
+        return as_saved(generator.getstate())
+    numpys = isinstance(generator, np.random.RandomState)
+    return as_saved(generator.get_state(legacy=False) if numpys else generator.bit_generator.state)
 
 
-def set_state_of(generator: Generator, state: Any) -> None:
+def set_state_of(generator: Generator, saved: Any) -> None:
     """Put back what :func:`state_of` gave."""
+    state = from_saved(saved)
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
-        version, numbers, gauss = state
-        generator.setstate((version, tuple(numbers.tolist()), gauss))
+        generator.setstate(state)
     elif isinstance(generator, np.random.RandomState):
-        generator.set_state(_arrays(state))
+        generator.set_state(state)
     else:
-        generator.bit_generator.state = _arrays(state)
+        generator.bit_generator.state = state
 
 
-def _plain(state: Any) -> Any:
-    """NumPy's arrays as tensors, which load with ``weights_only=True``."""
+def as_saved(state: Any) -> Any:
+    """Random states with their arrays and long tuples as signed tensors, which every process can load."""
     if isinstance(state, dict):
-        return {key: _plain(value) for key, value in state.items()}
-    return torch.from_numpy(state.copy()) if isinstance(state, np.ndarray) else state
+        return {key: as_saved(value) for key, value in state.items()}
+    if isinstance(state, np.ndarray):
+        return {"dtype": state.dtype.name, "numbers": torch.from_numpy(state.astype(np.uint64).view(np.int64))}
+    if isinstance(state, tuple):
+        version, numbers, gauss = state
+        return {"version": version, "numbers": torch.tensor(numbers), "gauss": gauss}
+    return state
 
 
-def _arrays(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _arrays(value) for key, value in state.items()}
-    return state.numpy() if isinstance(state, Tensor) else state
+def from_saved(saved: Any) -> Any:
+    """What :func:`as_saved` was given."""
+    if not isinstance(saved, dict):
+        return saved
+    if "dtype" in saved:
+        return saved["numbers"].numpy().view(np.uint64).astype(saved["dtype"])
+    if "version" in saved:
+        return saved["version"], tuple(saved["numbers"].tolist()), saved["gauss"]
+    return {key: from_saved(value) for key, value in saved.items()}
 
 
 def generators_in(root: Any, most: int = 10_000) -> list[Generator]:

@@ -23,28 +23,41 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_recipes.core.patch import Patch
 
-BATCH, VALIDATION, EPOCH, BETWEEN = "on_train_batch_end", "on_validation_end", "on_train_epoch_end", "between batches"
+BATCH, VALIDATION, EPOCH = "on_train_batch_end", "on_validation_end", "on_train_epoch_end"
+BETWEEN, DUE = "between two batches or epochs", "a validation is due"  # places where no hook is under way
 
 
 class Places:
-    """Says at which place of the loops a checkpoint is being taken. One for a fit."""
+    """Says at which place of the loops a checkpoint is being taken. One for a fit.
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.trainer, self.module = trainer, module
+    Args:
+        trainer, module: the user's.
+        before_validation: called right before every validation within the fit; a run that is stopped in one (by
+            SIGTERM) begins it anew.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, before_validation: Callable[[], None]) -> None:
+        self.trainer, self.module, self._before_validation = trainer, module, before_validation
         self._batch: tuple[Any, ...] | None = None
         self._hook_done = False
 
     def install(self, undo: ExitStack) -> None:
-        """Have the module's own ``on_train_batch_end`` run before a checkpoint that callbacks take there, not after.
-
-        Its arguments, a batch among them, cannot be had again when the run is continued.
+        """Take note of validations, and have the module's own ``on_train_batch_end`` run before a checkpoint that
+        callbacks take there, not after: its arguments, a batch among them, cannot be had again.
         """
+        validate = Patch(self.trainer.fit_loop.epoch_loop.val_loop, "run", lambda: self._validate(validate))
+        undo.callback(validate.restore)
         if not is_overridden(BATCH, self.module):
             return
         hook = Patch(self.module, BATCH, lambda *args: self._unless_done(hook, *args))
         save = Patch(self.trainer, "save_checkpoint", lambda *a, **k: self._hook_then_save(save, *a, **k))
         undo.callback(hook.restore)
         undo.callback(save.restore)
+
+    def _validate(self, run: Patch) -> Any:
+        if not self.trainer.sanity_checking:
+            self._before_validation()
+        return run.original()
 
     def note(self, *batch: Any) -> None:
         """Take note of the arguments of ``on_train_batch_end``; before any callback that saves there."""
@@ -65,10 +78,17 @@ class Places:
         """The place: the hook under way, who asked for the checkpoint in it, and why it cannot be exact if so."""
         hook, asker = self.module._current_fx_name, self._asker()
         place = {"hook": hook, "asker": _name(asker), "module_done": self._hook_done, "inexact": ""}
-        if isinstance(sys.exc_info()[1], SIGTERMException) or hook == "on_train_end":
-            return {**place, "hook": BETWEEN}  # Lightning raises it between two batches or two epochs
+        if isinstance(sys.exc_info()[1], SIGTERMException):  # Lightning raises it at the end of a batch or epoch only
+            return {**place, "hook": DUE if self.trainer.validating else BETWEEN}
+        if hook == "on_train_end":
+            return {**place, "hook": BETWEEN}
         if hook not in (BATCH, VALIDATION, EPOCH):
             return {**place, "inexact": f"it was taken in {hook or 'no hook'}, in the middle of a step"}
+        if asker is None:
+            return {
+                **place,
+                "inexact": f"it was taken in {hook} by a function, so that nobody knows what is left of it",
+            }
         if hook == BATCH:
             lost = [_name(each) for each in _rest(self.trainer, place) if _needs_batch(each)]
             if lost:
@@ -199,13 +219,11 @@ class Reentry:
             connector.update_train_step_metrics()
             epoch.on_advance_end(fetcher)
             return
-        validate = Patch(epoch.val_loop, "run", self._rest_of_validation)
-        due = Patch(epoch, "_should_check_val_fx", lambda *args: True)
-        try:
+        with ExitStack() as undo:
+            undo.callback(Patch(epoch, "_should_check_val_fx", lambda *args: True).restore)
+            if self.place["hook"] == VALIDATION:
+                undo.callback(Patch(epoch.val_loop, "run", self._rest_of_validation).restore)
             epoch.on_advance_end(fetcher)
-        finally:
-            due.restore()
-            validate.restore()
 
     @torch.no_grad()
     def _rest_of_validation(self) -> list[Any]:

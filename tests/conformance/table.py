@@ -1,16 +1,20 @@
 """The table of recipes that every guarantee is checked over: a new recipe is one more row.
 
-The modules are written as an outsider would: they know nothing of recipes. Networks are without batch-norm and dropout
-unless a test asks for them, so that two ranks can be held against one process on the same global batches.
+The modules are written as an outsider would: they know nothing of recipes. :class:`Classifier` on data in a fixed order
+has no batch-norm and no dropout, so that two ranks can be held against one process on the same global batches.
+:class:`Lively` on shuffled data has everything that a resume can lose.
 """
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -18,8 +22,16 @@ from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_recipes.callbacks import AAER, GLAD, PEGO, ProgressiveUnfreezing
+from lightning_recipes.callbacks import (
+    AAER,
+    GLAD,
+    PEGO,
+    ExactResume,
+    ProgressiveUnfreezing,
+    RobustAccuracyMonitor,
+)
 from lightning_recipes.core.schedule import At, EveryN
 
 EPOCHS, BATCH, SAMPLES = 4, 16, 64
@@ -72,6 +84,40 @@ class Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
+class Lively(Classifier):
+    """A stock classifier with all that a resume can lose: random augmentation, dropout, running statistics, averages
+    and metrics over an epoch, a scheduler that waits for the validation, hooks of its own.
+    """
+
+    def __init__(self, network: nn.Module, optimizer: str = "sgd") -> None:
+        super().__init__(network, optimizer)
+        self.norm = nn.BatchNorm2d(1, affine=False)
+        self.accuracy = MulticlassAccuracy(10)
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        x = x + 0.02 * torch.rand_like(x) * (1 + random.random() + float(np.random.rand()))
+        logits = self(F.dropout(self.norm(x), 0.1, self.training))
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen += batch[0].sum() + outputs["loss"]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(self.norm(x)), y) * torch.rand(()))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()["optimizer"]
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+
 class LightningsOwn(BaseFinetuning):
     """Lightning's own callback doing what ProgressiveUnfreezing does, for contrast."""
 
@@ -91,6 +137,7 @@ class Row:
         name: of the row.
         recipes: makes fresh callbacks.
         neutral: makes them at their neutral setting; None where the baseline is another one (adapters: plain peft).
+        monitors: whether it changes nothing at any setting.
         network: makes the network.
         optimizer: 'sgd', 'adamw', or 'filter' (sgd over what requires a gradient).
         couples: whether the loss of a sample depends on its batch, so that micro-batches are not one large batch.
@@ -103,6 +150,7 @@ class Row:
     network: Callable[[], nn.Module] = ConvNet
     optimizer: str = "sgd"
     couples: bool = False
+    monitors: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -110,6 +158,10 @@ def _unfreeze(**arguments: Any) -> ProgressiveUnfreezing:
     return ProgressiveUnfreezing(
         groups=["3", "2", ["0", "1"]], **{"at": (0, 1, 2), "lr_scale": (1, 0.5, 0.25), **arguments}
     )
+
+
+def _monitor() -> RobustAccuracyMonitor:
+    return RobustAccuracyMonitor("pgd", epsilon=0.1, steps=2, restarts=1)
 
 
 ROWS = [
@@ -131,7 +183,34 @@ ROWS = [
     ),
     Row("aaer+glad", lambda: [AAER(0.1), GLAD(rank=None)], couples=True),
     Row("unfreeze+glad", lambda: [_unfreeze(), GLAD(rank=None)]),
+    Row("robust_accuracy", lambda: [_monitor()], monitors=True),
+    Row("exact_resume", lambda: [ExactResume()], monitors=True),
 ]
+
+# One setting of every recipe that runs on the same network, for the pairs.
+MEMBERS: dict[str, Callable[[], Callback]] = {
+    "ProgressiveUnfreezing": lambda: ProgressiveUnfreezing(at=(0, 1, 2), lr_scale=(1, 1, 0.5)),
+    "PEGO": lambda: PEGO(2, 2, 1e-3),
+    "AAER": lambda: AAER(0.1),
+    "GLAD": lambda: GLAD(rank=2),
+    "GLAD of all weights": lambda: GLAD(rank=None),
+    "RobustAccuracyMonitor": lambda: _monitor(),
+    "ExactResume": lambda: ExactResume(),
+}
+# The pairs that are refused, with words that the error must have. Every other pair must compose.
+REFUSED = {
+    "PEGO + GLAD": "PEGO and GLAD cannot share a Trainer: both adapt",
+    "PEGO + GLAD of all weights": "PEGO and GLAD cannot share a Trainer: both adapt",
+}
+
+
+def pairs() -> list[Row]:
+    """Every two different recipes together, in the order in which they stand in the table."""
+    return [
+        Row(f"{a} + {b}", lambda a=a, b=b: [MEMBERS[a](), MEMBERS[b]()], network=small_vit)
+        for a, b in itertools.combinations(MEMBERS, 2)
+        if a.split()[0] != b.split()[0]
+    ]
 
 
 LIGHTNINGS_OWN = Row("lightnings_own", lambda: [LightningsOwn()], optimizer="filter")
@@ -195,3 +274,18 @@ def train(
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict, detached."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def differing(a: Any, b: Any, path: str = "") -> list[str]:
+    """Where two nested values are not bitwise the same."""
+    if isinstance(a, torch.Tensor):
+        return [] if isinstance(b, torch.Tensor) and torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        if not isinstance(b, dict) or a.keys() != b.keys():
+            return [f"{path}: {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [place for key in a for place in differing(a[key], b[key], f"{path}/{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{path}: {len(a)} and {len(b)} of them"]
+        return [place for i, (x, y) in enumerate(zip(a, b)) for place in differing(x, y, f"{path}/{i}")]
+    return [] if a == b or (a != a and b != b) else [f"{path}: {a} and {b}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import os
 import subprocess
 import sys
@@ -14,10 +15,44 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from .table import BATCH, EPOCHS, LIGHTNINGS_OWN, ROWS, Classifier, ConvNet, Row, digits, train, weights
+from .lives import KILLS, TWENTY, ended, lively
+from .table import (
+    BATCH,
+    EPOCHS,
+    LIGHTNINGS_OWN,
+    REFUSED,
+    ROWS,
+    Classifier,
+    ConvNet,
+    Row,
+    differing,
+    digits,
+    pairs,
+    train,
+    weights,
+)
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every row and pair ended with, in processes of their own; one launch for all."""
+    folder = tmp_path_factory.mktemp("lives")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.conformance.lives", str(folder)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder
+
+
+def _of(lives: Path, row: Row, what: str, rank: int = 0) -> dict[str, Any]:
+    """What one life ended with, or the error that ended it."""
+    name = f"{row.name}.{what}.rank{rank}"
+    for error in lives.glob(f"{glob.escape(row.name)}.{what}.rank*.error"):
+        pytest.fail(error.read_text()[-4000:])
+    return torch.load(lives / f"{name}.pt", weights_only=True)
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -40,6 +75,16 @@ def test_at_its_neutral_setting_the_fit_is_bitwise_the_fit_without_it(row: Row) 
     entered, _ = train(row)
     assert same(weights(without), weights(neutral))
     assert not same(weights(without), weights(entered)), "the recipe itself must make a difference"
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.monitors], ids=lambda row: row.name)
+def test_a_monitor_changes_nothing_at_any_setting(row: Row) -> None:
+    """Shuffled data, dropout, a validation and a plateau scheduler: everything that a monitor could disturb."""
+    without, with_it = (ended(*lively(row, callbacks, exact=False)) for callbacks in ([], row.recipes()))
+    for ends in (without, with_it):
+        del ends["callbacks"]
+        ends["metrics"] = {k: v for k, v in ends["metrics"].items() if not k.startswith("robust_accuracy/")}
+    assert differing(without, with_it) == []
 
 
 @pytest.mark.parametrize("name", ["pego", "glad"])
@@ -81,16 +126,29 @@ def test_a_resume_at_any_epoch_ends_with_the_same_weights(row: Row, tmp_path: Pa
         torch.manual_seed(123)  # nothing may hang on the global state
         resumed, again = train(row, ckpt_path=str(tmp_path / f"epoch={epoch}.ckpt"))
         assert same(weights(through), weights(resumed)), f"resumed after epoch {epoch}"
-        assert _equal(fit.optimizers[0].state_dict(), again.optimizers[0].state_dict())
+        assert differing(fit.optimizers[0].state_dict(), again.optimizers[0].state_dict()) == []
 
 
 @rows
-def test_a_resume_in_mid_epoch_trains_the_right_parameters(row: Row, tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=6)  # 4 steps an epoch
-    through, _ = train(row, enable_checkpointing=True, callbacks=[*row.recipes(), keep])
-    moved = _what_moves(through)
-    resumed, _ = train(row, ckpt_path=str(tmp_path / "step=6.ckpt"))
-    assert _what_moves(resumed) == moved
+@pytest.mark.ddp
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(row: Row, ranks: int, lives: Path) -> None:
+    """With ExactResume beside it, killed by SIGKILL and resumed in new processes: on one rank in the middle of an epoch
+    and again after an epoch's last step, on two ranks in the middle of an epoch or of an optimizer step."""
+    for rank in range(ranks):
+        whole, killed = (_of(lives, row, f"{what}{ranks}", rank) for what in ("whole", "killed"))
+        assert whole["steps"] == 12
+        assert differing(whole, killed) == []
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.name in TWENTY], ids=lambda row: row.name)
+def test_a_run_that_was_killed_twenty_times_at_random_moments_ends_the_same(row: Row, lives: Path) -> None:
+    whole, killed = _of(lives, row, "long1"), _of(lives, row, "twenty")
+    deaths = killed.pop("deaths")
+    assert len(deaths) == KILLS
+    assert len(set(deaths)) > KILLS // 2, "it dies at different places"
+    assert deaths == sorted(deaths), "what was saved is never lost again"
+    assert differing(whole, killed) == []
 
 
 def test_lightnings_own_finetuning_freezes_again_on_resume(tmp_path: Path) -> None:
@@ -108,50 +166,28 @@ def test_checkpoints_load_with_weights_only(row: Row, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
     train(row, enable_checkpointing=True, callbacks=[*row.recipes(), keep], max_epochs=1)
     checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
-    assert {type(r).__name__ for r in row.recipes()} <= set(checkpoint["callbacks"])
+    assert {recipe.state_key for recipe in row.recipes()} <= set(checkpoint["callbacks"])
 
 
 # -- 3. two ranks ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two_ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    root = str(HERE.parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    run = subprocess.run(
-        [*command, str(HERE / "two_ranks.py"), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return folder
-
-
-def _of_rank(folder: Path, row: Row, rank: int) -> dict[str, torch.Tensor]:
-    return torch.load(folder / f"{row.name}.rank{rank}.pt", weights_only=True)
+@pytest.mark.ddp
+@rows
+def test_both_ranks_hold_the_same_weights(row: Row, lives: Path) -> None:
+    assert same(_of(lives, row, "two", 0), _of(lives, row, "two", 1))
 
 
 @pytest.mark.ddp
 @rows
-def test_both_ranks_hold_the_same_weights(row: Row, two_ranks: Path) -> None:
-    assert same(_of_rank(two_ranks, row, 0), _of_rank(two_ranks, row, 1))
+def test_two_ranks_equal_one_process_on_the_same_global_batches(row: Row, lives: Path) -> None:
+    assert furthest(_of(lives, row, "two"), _of(lives, row, "one")) < 1e-6
 
 
 @pytest.mark.ddp
-@rows
-def test_two_ranks_equal_one_process_on_the_same_global_batches(row: Row, two_ranks: Path) -> None:
-    one, _ = train(row)
-    assert furthest(_of_rank(two_ranks, row, 0), weights(one)) < 1e-6
-
-
-@pytest.mark.ddp
-def test_lightnings_own_finetuning_lets_the_ranks_drift_apart(two_ranks: Path) -> None:
+def test_lightnings_own_finetuning_lets_the_ranks_drift_apart(lives: Path) -> None:
     """What ProgressiveUnfreezing mends: the contrast that shows the rank test can fail."""
-    assert furthest(_of_rank(two_ranks, LIGHTNINGS_OWN, 0), _of_rank(two_ranks, LIGHTNINGS_OWN, 1)) > 1e-3
+    assert furthest(_of(lives, LIGHTNINGS_OWN, "two", 0), _of(lives, LIGHTNINGS_OWN, "two", 1)) > 1e-3
 
 
 # -- 4. precision ----------------------------------------------------------------------------------------------------
@@ -281,38 +317,29 @@ def test_every_other_strategy_is_refused() -> None:
 # -- 9. together -----------------------------------------------------------------------------------------------------
 
 
-def test_two_adapter_recipes_are_refused() -> None:
-    from lightning_recipes.callbacks import GLAD, PEGO
-    from lightning_recipes.core.errors import RecipeError
-
-    row = Row("both", lambda: [PEGO(2), GLAD(rank=2)])
-    with pytest.raises(RecipeError, match=r"PEGO and GLAD cannot share a Trainer"):
-        train(row)
+PAIRS = pairs()
+composing = pytest.mark.parametrize("row", [row for row in PAIRS if row.name not in REFUSED], ids=lambda row: row.name)
 
 
-def _what_moves(module: pl.LightningModule) -> list[str]:
-    """Names of the parameters that left their first values."""
-    torch.manual_seed(0)
-    fresh = weights(Classifier(type(module.network)() if isinstance(module.network, ConvNet) else _vit()))
-    return [name for name, value in weights(module).items() if not torch.equal(value, fresh[name])]
+@pytest.mark.parametrize("row", [row for row in PAIRS if row.name in REFUSED], ids=lambda row: row.name)
+def test_a_refused_pair_says_which_two_and_why(row: Row, lives: Path) -> None:
+    refused = _of(lives, row, "refused")
+    assert REFUSED[row.name] in refused["error"]
+    assert refused["unchanged"]
+
+
+@pytest.mark.ddp
+@composing
+def test_a_pair_composes_on_two_ranks(row: Row, lives: Path) -> None:
+    assert same(_of(lives, row, "two", 0), _of(lives, row, "two", 1))
+    assert furthest(_of(lives, row, "two"), _of(lives, row, "one")) < 1e-6
+
+
+@composing
+def test_a_pair_that_was_killed_ends_as_if_it_had_not_been(row: Row, lives: Path) -> None:
+    assert differing(_of(lives, row, "whole1"), _of(lives, row, "killed1")) == []
 
 
 def _distance(a: pl.LightningModule, b: pl.LightningModule) -> float:
     """L2 over all parameters."""
     return torch.cat([(p - q).flatten() for p, q in zip(a.parameters(), b.parameters(), strict=True)]).norm().item()
-
-
-def _vit() -> torch.nn.Module:
-    from .table import small_vit
-
-    return small_vit()
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return a == b

@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -30,7 +30,7 @@ from lightning_recipes.core.loader import TrainingData
 from lightning_recipes.core.logged import logged, metric_states, relog, restore_metrics
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Recipe
-from lightning_recipes.core.reentry import VALIDATION, Places, Reentry
+from lightning_recipes.core.reentry import DUE, VALIDATION, Places, Reentry
 
 # What a ModelCheckpoint knows of its last save and does not put into its state.
 _OF_SAVES = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation", "current_score")
@@ -61,6 +61,7 @@ class ExactResume(Recipe):
         self._plan: Plan | None = None
         self._data: TrainingData
         self._places: Places
+        self._validation: dict[str, Any] = {}  # the state before the validation under way
         self._mine: Mapping[str, Any] = {}
         self._shared: Mapping[str, Any] = {}
 
@@ -71,7 +72,7 @@ class ExactResume(Recipe):
             return
         trainer = plan.trainer
         state = plan.section["state"] if plan.section else {}
-        self._plan, self._places = plan, Places(trainer, plan.module)
+        self._plan, self._places = plan, Places(trainer, plan.module, self._before_validation)
         rank, world = rank_and_world()
         if state and len(state["ranks"]) != world:
             raise RecipeError(
@@ -79,7 +80,7 @@ class ExactResume(Recipe):
                 " resume with as many, or leave ExactResume out and accept another order of the data"
             )
         self._mine, self._shared = (state["ranks"][rank], state["shared"]) if state else ({}, {})
-        self._data = TrainingData(trainer, self._mine.get("data"))
+        self._data = TrainingData(trainer, "ExactResume", self._mine.get("data"))
         plan.install(self._data)
         plan.install(self._places)
         if state:
@@ -112,7 +113,7 @@ class ExactResume(Recipe):
 
     def _shared_state(self, place: dict[str, Any]) -> dict[str, Any]:
         trainer, fit = self._plan.trainer, self._plan.trainer.fit_loop
-        modes = fit.epoch_loop.val_loop._module_mode.mode if place["hook"] == VALIDATION else None
+        modes = fit.epoch_loop.val_loop._module_mode.mode if trainer.validating else None
         saves = {
             each.state_key: {name: getattr(each, name) for name in _OF_SAVES}
             for each in trainer.callbacks
@@ -129,20 +130,36 @@ class ExactResume(Recipe):
         }
 
     def _rank_state(self, place: dict[str, Any]) -> dict[str, Any]:
-        trainer, module = self._plan.trainer, self._plan.module
-        values = logged(trainer)
+        trainer = self._plan.trainer
+        moving = self._validation if place["hook"] == DUE else self._moving()
         if place["hook"] == VALIDATION:  # what the training had before it began to validate
-            values["first"] = trainer.fit_loop.epoch_loop.batch_progress.current.ready == 1
+            moving["logged"]["first"] = trainer.fit_loop.epoch_loop.batch_progress.current.ready == 1
         state = {
-            "random": random.snapshot(self._devices()),
+            **moving,
             "data": self._data.place(),
-            "logged": values,
-            "metrics": metric_states(module),
-            "buffers": _own_buffers(module),
+            "buffers": _own_buffers(self._plan.module),
             "gradients": self._gradients(),
             "window": self._plan.gradients.state(),
         }
+        if trainer.global_rank:  # Lightning's checkpoint holds those of rank zero, and metrics may differ
+            state["callbacks"] = {each.state_key: each.state_dict() for each in self._others()}
+            state["schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         return move_data_to_device(state, "cpu")
+
+    def _moving(self) -> dict[str, Any]:
+        """What a validation moves too."""
+        return {
+            "random": random.snapshot(self._devices()),
+            "held": self._data.held(),
+            "logged": logged(self._plan.trainer),
+            "metrics": metric_states(self._plan.module),
+        }
+
+    def _before_validation(self) -> None:
+        self._validation = self._moving()
+
+    def _others(self) -> list[pl.Callback]:
+        return [each for each in self._plan.trainer.callbacks if not isinstance(each, (ExactResume, Checkpoint))]
 
     def _devices(self) -> set[torch.device]:
         return {self._plan.trainer.strategy.root_device, *(p.device for p in self._plan.module.parameters())}
@@ -169,13 +186,18 @@ class ExactResume(Recipe):
         self._plan.gradients.load_state(mine["window"])
         for name, part in _parts(self._plan):
             part.training = shared["modes"].get(name, part.training)
+        for each in self._others():
+            if mine.get("callbacks", {}).get(each.state_key):
+                each.load_state_dict(mine["callbacks"][each.state_key])
+        for config, state in zip(trainer.lr_scheduler_configs, mine.get("schedulers", ())):
+            config.scheduler.load_state_dict(state)
         trainer.should_stop = shared["should_stop"]
         fit = trainer.fit_loop
         fit._last_train_dl_reload_epoch, fit.epoch_loop.val_loop._last_val_dl_reload_epoch = shared["reloaded"]
         for each in trainer.callbacks:
             if isinstance(each, ModelCheckpoint):
                 vars(each).update(shared["saves"].get(each.state_key, {}))
-        self._data.settle()
+        self._data.settle(mine["held"])
         random.restore(mine["random"])
         self._mine, self._shared = {}, {}
 

@@ -1,0 +1,339 @@
+"""Runs that are killed: every row and every pair of the table in processes of their own, and what each ended with.
+
+``python -m tests.conformance.lives FOLDER [NAME ...]`` is started once by the tests. It imports everything, then only
+forks: each life of a run is a new process with one rank or two, and dies by SIGKILL where it is told to. What a run
+ends with is saved as ``<row>.<what>.rank<r>.pt``, what a process raised as ``.error``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import peft  # noqa: F401 - recipes import it when they need it: once here, not in every process
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from torch.utils.data import DataLoader
+
+from lightning_recipes.callbacks import ExactResume
+from lightning_recipes.core.errors import RecipeError
+
+from .table import EPOCHS, LIGHTNINGS_OWN, ROWS, Classifier, Lively, Row, digits, pairs, train, weights
+
+TWENTY, WORKERS_TOO = ("exact_resume", "pego+unfreeze+aaer"), "exact_resume"
+KILLS, LONG = 20, 30  # how often one run dies, and its epochs
+STEP, BATCH = "on_before_optimizer_step", "on_train_batch_end"
+VALIDATION, EPOCH = "on_validation_start", "on_train_epoch_end"
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+def process(run: Callable[[int], None], folder: Path, name: str, ranks: int = 1) -> list[int]:
+    """Run in new processes, one a rank; return their exit statuses, a negative one for a signal.
+
+    When one of several ranks dies the others are killed too, as a launcher does.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            if ranks > 1:
+                place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update({key: str(value) for key, value in place.items()})
+            try:
+                run(rank)
+            except BaseException:
+                (folder / f"{name}.rank{rank}.error").write_text(traceback.format_exc())
+                os._exit(1)
+            os._exit(0)
+        children[child] = rank
+    statuses = [0] * ranks
+    while children:
+        child, status = os.wait()
+        statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return statuses
+
+
+class EveryBatch(Checkpoint):
+    """Saves after every batch, also in the middle of an accumulation window, and kills this process after one of them.
+
+    Args:
+        path: of the checkpoint, written anew each time.
+        die: after so many batches of the whole run, counted from 1; None never.
+        at: the hook to die in.
+    """
+
+    def __init__(self, path: Path, die: int | None, at: str = BATCH) -> None:
+        self.path, self.die, self.at = path, die, at
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.save_checkpoint(self.path)
+        self._maybe_die(trainer, BATCH)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._maybe_die(trainer, STEP)
+
+    def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._maybe_die(trainer, VALIDATION)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._maybe_die(trainer, EPOCH)
+
+    def _maybe_die(self, trainer: pl.Trainer, hook: str) -> None:
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        if self.die is not None and batches >= self.die and hook == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Tell(Callback):
+    """Writes a byte for every batch."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        os.write(self.pipe, b".")
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def lively(
+    row: Row,
+    callbacks: list[Callback],
+    ckpt: Path | None = None,
+    ranks: int = 1,
+    epochs: int = 3,
+    workers: int = 0,
+    exact: bool = True,
+) -> tuple[pl.LightningModule, pl.Trainer]:
+    """A run on shuffled data, with windows of two batches of which the last is short, and a validation an epoch."""
+    pl.seed_everything(0 if ckpt is None else time.time_ns() % 2**32, verbose=False)  # a later life has its own seed
+    module = Lively(row.network(), row.optimizer)
+    dataset = digits(samples=56 * ranks).dataset
+    data = DataLoader(dataset, 8, shuffle=True, num_workers=workers)
+    if exact and not any(isinstance(each, ExactResume) for each in callbacks):
+        callbacks = [ExactResume(), *callbacks]
+    settings = {**row.trainer, **(_two() if ranks == 2 else {})}
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(each, Checkpoint) for each in callbacks),
+        accumulate_grad_batches=2,
+        callbacks=callbacks,
+        **settings,
+    )
+    trainer.fit(module, data, DataLoader(dataset, 32), ckpt_path=ckpt if ckpt is None else str(ckpt))
+    return module, trainer
+
+
+def _two() -> dict[str, Any]:
+    return {"devices": 2, "strategy": "ddp", "plugins": LightningEnvironment()}
+
+
+def ended(module: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
+    """All that a run ends with."""
+    return {
+        "weights": weights(module),
+        "seen": module.seen,
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "callbacks": {
+            each.state_key: each.state_dict()
+            for each in trainer.callbacks
+            if not isinstance(each, (Checkpoint, ExactResume))
+        },
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "random": [
+            torch.get_rng_state(),
+            torch.tensor(random.getstate()[1]),
+            torch.from_numpy(np.random.get_state()[1]),
+        ],
+        "steps": trainer.global_step,
+    }
+
+
+def uninterrupted(
+    row: Row, folder: Path, ranks: int = 1, epochs: int = 3, workers: int = 0, what: str = "whole"
+) -> None:
+    """The run that nothing happens to."""
+
+    def run(rank: int) -> None:
+        result = ended(*lively(row, row.recipes(), None, ranks, epochs, workers))
+        torch.save(result, folder / f"{row.name}.{what}{ranks}.rank{rank}.pt")
+
+    process(run, folder, f"{row.name}.{what}{ranks}", ranks)
+
+
+def killed(row: Row, folder: Path, deaths: list[tuple[int, str]], ranks: int = 1, epochs: int = 3) -> None:
+    """The same run, killed and continued as often as there are `deaths`: after so many batches, in that hook."""
+    path = folder / f"{row.name}.{ranks}.ckpt"
+    for life, death in enumerate([*deaths, (None, "")]):
+        ckpt = path if life else None
+
+        def run(rank: int, death: Any = death, ckpt: Path | None = ckpt) -> None:
+            # with two ranks the second dies, and the first in the middle of whatever it does then
+            die, at = death if rank == ranks - 1 else (None, "")
+            result = ended(*lively(row, [*row.recipes(), EveryBatch(path, die, at)], ckpt, ranks, epochs))
+            torch.save(result, folder / f"{row.name}.killed{ranks}.rank{rank}.pt")
+
+        statuses = process(run, folder, f"{row.name}.killed{ranks}", ranks)
+        if death[0] is not None and statuses[-1] != -signal.SIGKILL:
+            (folder / f"{row.name}.killed{ranks}.rank0.error").write_text(f"was not killed at {death}: {statuses}")
+            return
+    path.unlink()
+
+
+def killed_at_random(row: Row, folder: Path, kills: int, workers: int) -> None:
+    """The same run, killed from outside at moments that it knows nothing of, until it has died so often.
+
+    Its checkpoints are Lightning's own, after every optimizer step. A life is killed a random time after a random
+    number of its steps, so that it may die while it reads, trains, validates or writes.
+    """
+    draw = random.Random(row.name)
+    keep, name = folder / f"{row.name}.twenty", f"{row.name}.twenty"
+    deaths: list[int] = []
+    while len(deaths) < kills:
+        ckpt = _latest(keep)
+        read, write = os.pipe()
+
+        child = os.fork()
+        if child == 0:
+            try:
+                saves = ModelCheckpoint(keep, "{step}", save_top_k=1, save_last=True, every_n_train_steps=1)
+                lively(row, [*row.recipes(), Tell(write), saves], ckpt, 1, LONG, workers)
+            except BaseException:
+                (folder / f"{name}.rank0.error").write_text(traceback.format_exc())
+                os._exit(1)
+            os._exit(0)
+        os.close(write)
+        for _ in range(draw.randint(1, 4)):
+            if not os.read(read, 1):
+                break
+        time.sleep(draw.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.wait()[1])
+        os.close(read)
+        if status != -signal.SIGKILL:
+            break  # the run is over, or an error is on file
+        deaths.append(_steps(keep))
+
+    def run(rank: int) -> None:
+        saves = ModelCheckpoint(keep, "{step}", save_top_k=1, save_last=True, every_n_train_steps=1)
+        result = ended(*lively(row, [*row.recipes(), saves], _latest(keep), 1, LONG, workers))
+        torch.save({**result, "deaths": deaths}, folder / f"{name}.rank0.pt")
+
+    process(run, folder, name)
+
+
+def _latest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: one that a kill left half written has another name."""
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    return found[-1] if found else None
+
+
+def _steps(folder: Path) -> int:
+    """Optimizer steps that are safe."""
+    latest = _latest(folder)
+    return torch.load(latest, weights_only=True)["global_step"] if latest else 0
+
+
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def pair_refused(row: Row, folder: Path) -> bool:
+    """Whether the two are refused before the first step, and with what words."""
+
+    def run(rank: int) -> None:
+        torch.manual_seed(0)
+        module = Classifier(row.network(), row.optimizer)
+        before = weights(module)
+        try:
+            train(row, module=module, max_epochs=1)
+        except RecipeError as error:
+            unchanged = all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+            torch.save({"error": str(error), "unchanged": unchanged}, folder / f"{row.name}.refused.rank0.pt")
+
+    process(run, folder, f"{row.name}.refused")
+    return (folder / f"{row.name}.refused.rank0.pt").exists()
+
+
+def two_ranks(row: Row, folder: Path, epochs: int = EPOCHS) -> None:
+    """The row on two ranks and on one process, on the same global batches."""
+
+    def run(rank: int) -> None:
+        module, _ = train(row, rank=rank, world=2, plugins=LightningEnvironment(), max_epochs=epochs)
+        torch.save(weights(module), folder / f"{row.name}.two.rank{rank}.pt")
+
+    def alone(rank: int) -> None:
+        module, _ = train(row, max_epochs=epochs)
+        torch.save(weights(module), folder / f"{row.name}.one.rank0.pt")
+
+    process(run, folder, f"{row.name}.two", 2)
+    process(alone, folder, f"{row.name}.one")
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """All lives of the rows and pairs of these names, or of all."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    last_step = (BATCH, VALIDATION, EPOCH)
+    for row in [row for row in [*ROWS, LIGHTNINGS_OWN] if not names or row.name in names]:
+        with _timed(row):
+            two_ranks(row, folder)
+            if row is LIGHTNINGS_OWN:
+                continue
+            draw = random.Random(row.name)
+            uninterrupted(row, folder)
+            # in mid-epoch, in or at the end of a window; then after an epoch's last step, at three stages of its end
+            killed(row, folder, [(draw.randint(2, 6), BATCH), (14, draw.choice(last_step))])
+            uninterrupted(row, folder, ranks=2)
+            killed(row, folder, [(draw.randint(9, 13), draw.choice([BATCH, STEP]))], ranks=2)
+    for row in [row for row in pairs() if not names or row.name in names]:
+        with _timed(row):
+            if pair_refused(row, folder):
+                continue
+            two_ranks(row, folder, epochs=2)
+            uninterrupted(row, folder, epochs=2)
+            killed(row, folder, [(random.Random(row.name).randint(2, 10), BATCH)], epochs=2)
+    for row in [row for row in ROWS if row.name in TWENTY and (not names or row.name in names)]:
+        with _timed(row):
+            workers = 2 if row.name == WORKERS_TOO else 0
+            uninterrupted(row, folder, epochs=LONG, workers=workers, what="long")
+            killed_at_random(row, folder, KILLS, workers)
+
+
+@contextmanager
+def _timed(row: Row) -> Iterator[None]:
+    start = time.time()
+    yield
+    print(f"{row.name}: {time.time() - start:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
