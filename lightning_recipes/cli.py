@@ -98,11 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def recipes() -> dict[str, type]:
-    """Every public callback that comes from a paper, by class name."""
+    """Every public recipe, by class name."""
     from lightning_recipes import callbacks
 
-    public = {name: getattr(callbacks, name) for name in callbacks.__all__}
-    return {name: cls for name, cls in public.items() if getattr(cls, "paper", None) is not None}
+    return {name: getattr(callbacks, name) for name in callbacks.__all__}
 
 
 def find_recipe(name: str) -> type:
@@ -133,12 +132,14 @@ def table(recipes: Mapping[str, type], markdown: bool = False) -> str:
     if markdown:
         lines = ["| recipe | for | does | paper |", "|---|---|---|---|"]
         for name, cls in ordered:
-            paper = f"[{cls.paper.title}]({cls.paper.url}), {cls.paper.year}"
+            paper = f"[{cls.paper.title}]({cls.paper.url}), {cls.paper.year}" if cls.paper else ""
             cells = (cell.replace("|", r"\|") for cell in (f"`{name}`", purpose(cls), cls.does, paper))
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
     rows = [("RECIPE", "FOR", "YEAR", "DOES", "PAPER")]
-    rows += [(name, purpose(cls), str(cls.paper.year), cls.does, cls.paper.title) for name, cls in ordered]
+    for name, cls in ordered:
+        year, title = (str(cls.paper.year), cls.paper.title) if cls.paper else ("", "")
+        rows.append((name, purpose(cls), year, cls.does, title))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     left = max(40, shutil.get_terminal_size((120, 24)).columns - sum(widths) - 2 * 4)
     widths += [left * 3 // 5, left - left * 3 // 5]
@@ -156,11 +157,12 @@ def card(recipe: type) -> str:
     """One recipe's card: what it does and costs, its paper, its arguments, its configs and its evidence."""
     name, paper = recipe.__name__, recipe.paper
     facts = [("Use when", recipe.use_when), ("Costs", recipe.costs)]
-    facts += [("Paper", f"{paper.title}. {paper.authors}, {paper.year}."), ("", paper.url)]
-    facts += [("Code", paper.code)] if paper.code else []
+    if paper:
+        facts += [("Paper", f"{paper.title}. {paper.authors}, {paper.year}."), ("", paper.url)]
+        facts += [("Code", paper.code)] if paper.code else []
     lines = [f"{name} ({purpose(recipe)})" if purpose(recipe) else name, "", *_paragraph(recipe.does), ""]
     lines += [line for label, text in facts for line in _paragraph(text, f"  {label:<10}")]
-    lines += ["", "Arguments", *(line for argument in arguments(recipe) for line in argument)]
+    lines += ["", "Arguments", *([line for argument in arguments(recipe) for line in argument] or ["  none"])]
     lines += ["", "Import", f"  from lightning_recipes.callbacks import {name}"]
     for path in config_files(recipe):
         shown = path.relative_to(config_folder()).as_posix()

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from lightning_recipes.core.errors import RecipeError
@@ -34,11 +33,12 @@ class Paper:
 class Recipe(pl.Callback):
     """One paper's technique as a callback that attaches to a stock LightningModule.
 
-    A subclass sets the four class attributes that ``lightning-recipes show`` prints, keeps every constructor argument
-    in an attribute of the same name, and overrides :meth:`declare`.
+    A subclass sets the class attributes `paper`, `does`, `use_when` and `costs` that ``lightning-recipes show`` prints,
+    keeps every constructor argument in an attribute of the same name, and overrides :meth:`declare`.
     """
 
-    paper: ClassVar[Paper]
+    paper: ClassVar[Paper | None] = None
+    """Where it comes from; None for one that stands on no paper."""
     does: ClassVar[str]
     use_when: ClassVar[str]
     costs: ClassVar[str]
@@ -185,6 +185,9 @@ def plain(value: Any) -> Any:
         return sorted((plain(v) for v in value), key=repr)
     if isinstance(value, Sequence):
         return [plain(v) for v in value]
-    if isinstance(value, torch.Size):
-        return list(value)
+    if is_dataclass(value) and not isinstance(value, type):  # a schedule: the same from a script and from YAML
+        return {
+            "class": type(value).__name__,
+            **{f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init},
+        }
     return repr(value)

@@ -227,6 +227,7 @@ class StepSocket:
         own = [type(r).__name__ for r in self.recipes if r.overrides("own_loss_weight")]
         if len(own) > 1:
             raise RecipeError(f"{' and '.join(own)} each set the weight of the module's own loss; use one of them")
+        self._check_compiled()
         if not self.module.automatic_optimization:
             for recipe in self.recipes:
                 asked = [stage for stage in _AUTOMATIC_ONLY if recipe.overrides(stage)]
@@ -235,6 +236,23 @@ class StepSocket:
                         f"{type(recipe).__name__} needs automatic optimization: under manual optimization the module"
                         f" calls backward itself, inside its step, so {', '.join(asked)} would come too late"
                     )
+
+    def _check_compiled(self) -> None:
+        """A loss inside one unbroken graph cannot be observed, and CUDA graphs write over what a step keeps."""
+        context = (getattr(self.module, "_compiler_ctx", None) or {}).get("dynamo_ctx")
+        if context is None or not self.needed:
+            return
+        name = type(self.recipes[0]).__name__
+        if context.fullgraph:
+            raise RecipeError(
+                f"{name} observes the loss, which torch.compile(module, fullgraph=True) has inside its one graph;"
+                " compile the network alone (module.net.compile(fullgraph=True)) or leave fullgraph out"
+            )
+        if (context.compiler_config or {}).get("triton.cudagraphs"):
+            raise RecipeError(
+                f"{name} keeps what a pass computed, and CUDA graphs (torch.compile with mode='reduce-overhead' or"
+                " 'max-autotune') write over it in the next pass; use mode='default' or 'max-autotune-no-cudagraphs'"
+            )
 
     def install(self, undo: ExitStack) -> None:
         """Put the wrappers on and leave their removal with `undo`."""

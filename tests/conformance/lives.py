@@ -231,7 +231,7 @@ def killed_at_random(row: Row, folder: Path, kills: int, workers: int) -> None:
                 os._exit(1)
             os._exit(0)
         os.close(write)
-        for _ in range(draw.randint(1, 4)):
+        for _ in range(draw.randint(2, 6)):
             if not os.read(read, 1):
                 break
         time.sleep(draw.random() * 0.02)

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -498,28 +499,30 @@ def test_a_finished_run_can_be_continued(tmp_path: Path) -> None:
 
 @pytest.mark.ddp
 def test_killed_and_resumed_by_the_command_line(tmp_path: Path) -> None:
-    """README's way: --config recipes/exact_resume.yaml, kill -9, the same command with --ckpt_path last."""
+    """README's way: the same command, with --ckpt_path last, before the kill and after it."""
+    config = (ROOT / "configs/recipes/exact_resume.yaml").read_text()
+    (tmp_path / "often.yaml").write_text(config.replace("every_n_train_steps: 100", "every_n_train_steps: 5"))
     command = [sys.executable, "-m", "lightning_recipes.cli", "fit", "--config", "base/digits_cnn.yaml"]
-    command += ["--config", "recipes/exact_resume.yaml", "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
-    command += ["--trainer.enable_progress_bar", "false", "--seed_everything", "3"]
+    command += ["--config", str(tmp_path / "often.yaml"), "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    command += ["--trainer.enable_progress_bar", "false", "--seed_everything", "3", "--ckpt_path", "last"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
-    def run(folder: Path, *more: str) -> subprocess.Popen:
+    def run(folder: Path) -> subprocess.Popen:
         folder.mkdir(exist_ok=True)
-        return subprocess.Popen([*command, *more], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
 
     whole, killed = run(tmp_path / "whole"), run(tmp_path / "killed")
-    while killed.poll() is None and len(list((tmp_path / "killed").rglob("*.ckpt"))) < 1:
-        pass
+    while killed.poll() is None and not list((tmp_path / "killed").rglob("last.ckpt")):
+        time.sleep(0.01)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
-    again = run(tmp_path / "killed", "--ckpt_path", "last")
+    again = run(tmp_path / "killed")
     for process in (whole, again):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
     ends = []
     for folder in ("whole", "killed"):
-        path = max((tmp_path / folder).rglob("*.ckpt"), key=lambda each: each.stat().st_mtime_ns)
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(tmp_path / folder / "checkpoints" / "last.ckpt", weights_only=True)
+        assert saved["global_step"] > 30
         ends.append({key: saved[key] for key in ("state_dict", "optimizer_states", "global_step")})
     assert differing(*ends) == []

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from lightning_recipes.core.random import forked, generator, key, uniform
+from lightning_recipes.core.random import (
+    forked,
+    generator,
+    generators_in,
+    key,
+    set_state_of,
+    set_states,
+    snapshot,
+    state_of,
+    states,
+    uniform,
+)
 from lightning_recipes.core.recipe import StepRecipe
 from tests.stock import Classifier, loader, quiet, samples
 
@@ -120,6 +137,78 @@ def test_forked_puts_the_state_back_also_after_an_error():
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(2), inside)
+
+
+# -- whole states ----------------------------------------------------------------------------------------------------
+
+
+def draw():
+    """One number of each global generator; a Gaussian of NumPy's leaves a second one behind."""
+    return [random.random(), random.gauss(0, 1), np.random.randn(), np.random.rand(), torch.rand(2)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
+
+
+def test_forked_keeps_every_global_generator():
+    draw()
+    before = states()
+    expected = draw()
+    set_states(before)
+    with forked(torch.device("cpu")):
+        assert same(draw(), expected)
+    assert same(draw(), expected)
+
+
+def test_a_snapshot_is_taken_up_in_another_process(tmp_path):
+    draw()
+    torch.save(snapshot(), tmp_path / "random.pt")
+    code = (
+        "import sys, torch; from lightning_recipes.core.random import restore; from tests.unit.test_random import draw\n"
+        "restore(torch.load(sys.argv[1], weights_only=True)); print(draw())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "random.pt")]
+    there = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
+    assert there.splitlines()[-1] == str(draw())
+
+
+GENERATORS = {
+    "torch": (lambda: torch.Generator().manual_seed(1), lambda g: torch.rand(3, generator=g).tolist()),
+    "random": (lambda: random.Random(1), lambda g: [g.random(), g.gauss(0, 1)]),
+    "RandomState": (lambda: np.random.RandomState(1), lambda g: [g.randn(), g.rand()]),
+    "PCG64": (lambda: np.random.default_rng(1), lambda g: g.random(3).tolist()),
+    "Philox": (lambda: np.random.Generator(np.random.Philox(1)), lambda g: g.random(3).tolist()),
+    "MT19937": (lambda: np.random.Generator(np.random.MT19937(1)), lambda g: g.random(3).tolist()),
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_any_generator_is_saved_and_restored(name, tmp_path):
+    make, use = GENERATORS[name]
+    generator = make()
+    use(generator)
+    torch.save(state_of(generator), tmp_path / "state.pt")
+    expected = use(generator)
+    other = make()
+    set_state_of(other, torch.load(tmp_path / "state.pt", weights_only=True))
+    assert use(other) == expected
+
+
+def test_generators_are_found_wherever_an_object_holds_them():
+    made = [GENERATORS[name][0]() for name in ("torch", "random", "RandomState", "PCG64")]
+
+    class Held:
+        pass
+
+    held, inner = Held(), Held()
+    inner.transforms, inner.rng = [Held(), {"noise": made[2]}], made[1]
+    inner.transforms[0].own, inner.again, inner.itself = made[3], made[1], held
+    held.dataset, held.generator, held.samples = inner, made[0], [random.Random(i) for i in range(200)]
+    held.globals = [random, np.random, torch.default_generator]
+    found = generators_in(held)
+    assert {id(each) for each in found} == {id(each) for each in made}, "each once, no sample and no global one"
+    assert [id(each) for each in found] == [id(each) for each in generators_in(held)]
 
 
 # -- in a training step -----------------------------------------------------------------------------------------------

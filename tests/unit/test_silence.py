@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,7 +48,7 @@ class Everything(LightningModule):
         self.logged.extend(values)
 
     def step(self):
-        logits = self.net(X)
+        logits = self.net(X + random.random() + np.random.rand())
         loss = F.cross_entropy(logits, Y)
         self.accuracy(logits, Y)
         self.auroc.update(logits.softmax(1)[:, 1], Y)
@@ -72,7 +75,7 @@ def trace(module):
         "counts": [m._update_count for m in metrics],
         "computed": [m._computed for m in metrics],
         "modes": [part.training for part in module.modules()],
-        "random": torch.get_rng_state(),
+        "random": [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()],
         "logged": list(module.logged),
         "attributes": {name: sorted(part.__dict__) for name, part in module.named_modules()},
     }

@@ -68,7 +68,8 @@ class GLAD(Recipe):
 
     Raises:
         RecipeError: for bad arguments; in setup for manual optimization, an optimizer that calls its closure
-            repeatedly, a missing head or target, and a second recipe with a second pass.
+            repeatedly or steps in backward, nothing that trains, a missing head or target, and a second recipe with a
+            second pass.
     """
 
     paper = Paper(
@@ -114,6 +115,9 @@ class GLAD(Recipe):
         check_argument(
             params == "trainable" or rank is not None, self, "params", params, "'trainable' when rank is None"
         )
+        some = target_modules is None or len(target_modules) > 0
+        check_argument(some, self, "target_modules", target_modules, "None or names of at least one module")
+        check_argument(not isinstance(train_fully, str), self, "train_fully", train_fully, "a list of names")
         self.mix, self.rho, self.rank, self.lora_alpha, self.lora_dropout = mix, rho, rank, lora_alpha, lora_dropout
         self.target_modules, self.params, self.train_fully = target_modules, params, train_fully
         self.replay, self.merge_on_end, self.seed = replay, merge_on_end, seed
@@ -121,6 +125,11 @@ class GLAD(Recipe):
     @property
     def neutral(self) -> bool:
         return self.rank is None and self.mix == 0
+
+    @property
+    def owns_training_set(self) -> bool:
+        """With adapters everything else is frozen but what trains fully."""
+        return self.rank is not None
 
     def declare(self, plan: Plan) -> None:
         if self.rank is not None:

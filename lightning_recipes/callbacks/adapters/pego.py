@@ -126,6 +126,7 @@ class PEGO(StepRecipe):
         ("GLAD", "SVFit", "SaRA", "LoRA", "MakeElastic"), "both adapt the attention's weights"
     )
     of_weights_alone = True
+    owns_training_set = True
     free_on_resume = frozenset({"merge_on_end"})
 
     adapters: Adapters | None = None
@@ -148,6 +149,8 @@ class PEGO(StepRecipe):
         check_argument(groups >= 1, self, "groups", groups, "at least 1")
         check_argument(weight >= 0, self, "weight", weight, "at least 0")
         check_argument(scaling > 0, self, "scaling", scaling, "positive")
+        check_argument(len(target) > 0, self, "target", target, "'qv' or names of at least one module")
+        check_argument(not isinstance(train_fully, str), self, "train_fully", train_fully, "a list of names")
         if groups == 1 and diversify and not preserve and weight > 0:
             raise RecipeError(
                 "PEGO: with groups=1 there are no pairs, so diversify alone is an empty term; set preserve=True"

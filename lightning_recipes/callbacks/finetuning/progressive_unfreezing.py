@@ -92,7 +92,8 @@ class ProgressiveUnfreezing(Recipe):
 
     Raises:
         RecipeError: before training, for times that decrease or do not match the groups, a pattern that matches
-            nothing, a parameter in two groups or in none, and parameters that are in no optimizer.
+            nothing, a parameter in two groups or in none, parameters that are in no optimizer, and a plateau in a fit
+            without validation; in the first validation for a plateau's metric that was not logged.
     """
 
     paper = Paper(
@@ -121,16 +122,22 @@ class ProgressiveUnfreezing(Recipe):
         super().__init__()
         self.groups, self.at, self.lr_scale, self.weight_decay = groups, at, lr_scale, weight_decay
         self.never, self.bn, self.mechanism = never, bn, mechanism
-        check_argument(groups == "auto" or not isinstance(groups, str), self, "groups", groups, "'auto' or a list")
+        ok = groups == "auto" or (not isinstance(groups, str) and len(groups) > 0 and all(map(len, groups)))
+        check_argument(ok, self, "groups", groups, "'auto' or a list of groups, each a name or some names")
+        ok = isinstance(at, (At, EveryN, Plateau)) or (isinstance(at, Sequence) and not isinstance(at, str))
+        check_argument(ok, self, "at", at, "a list of times, At, EveryN or Plateau")
+        check_argument(not isinstance(never, str), self, "never", never, "a list of names")
         check_argument(bn in ("follow", "train", "eval"), self, "bn", bn, "'follow', 'train' or 'eval'")
         allowed = ("auto", "rewrap", "drop_grad")
         check_argument(mechanism in allowed, self, "mechanism", mechanism, "'auto', 'rewrap' or 'drop_grad'")
         one_by_one = isinstance(lr_scale, Sequence) and lr_scale != "paper"
         scales = lr_scale if one_by_one else [lr_scale] if isinstance(lr_scale, (int, float)) else [1.0]
         ok = len(scales) > 0 and all(isinstance(s, (int, float)) and s > 0 for s in scales)
-        check_argument(ok, self, "lr_scale", lr_scale, "positive, at least one")
+        check_argument(ok, self, "lr_scale", lr_scale, "'paper', None, or positive: one a group or one ratio")
         check_argument(all(d >= 0 for d in weight_decay or []), self, "weight_decay", weight_decay, "non-negative")
         self._when = at if isinstance(at, (At, EveryN, Plateau)) else At(list(at))
+        some = not isinstance(self._when, At) or len(self._when.at) > 0
+        check_argument(some, self, "at", at, "the time of at least one group")
         self._names: list[tuple[str, list[str]]] = []
         self._always_frozen: frozenset[str] = frozenset()
         self._times: list[float] = []
@@ -160,6 +167,11 @@ class ProgressiveUnfreezing(Recipe):
             raise RecipeError(
                 "ProgressiveUnfreezing needs automatic optimization: it changes what trains at optimizer steps, and"
                 " under manual optimization the module takes those itself"
+            )
+        if isinstance(self._when, Plateau) and not plan.trainer.enable_validation:
+            raise RecipeError(
+                "ProgressiveUnfreezing: at=Plateau(...) wakes groups after validations, and this fit has none; give it"
+                " validation data, or give times"
             )
         self._plan = plan
         plan.parameters(self._first_claim)
@@ -256,6 +268,11 @@ class ProgressiveUnfreezing(Recipe):
         trainer = self._plan.trainer
         return awake(self._times, trainer.current_epoch if self._when.unit == "epoch" else trainer.global_step)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.neutral:  # nothing was declared; groups that do not fit the module are an error all the same
+            self._when.times(len(self._resolve_groups(pl_module)[0]), trainer)
+        super().on_fit_start(trainer, pl_module)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -287,7 +304,10 @@ class ProgressiveUnfreezing(Recipe):
         value = trainer.callback_metrics.get(self._when.monitor)
         if value is None:
             known = sorted(trainer.callback_metrics)
-            raise RecipeError(f"Plateau monitors {self._when.monitor!r}, which was not logged; logged are {known}")
+            raise RecipeError(
+                f"ProgressiveUnfreezing: Plateau monitors {self._when.monitor!r}, which was not logged; logged are"
+                f" {known}"
+            )
         self._stalls += from_rank_zero(self._when.stalled(float(value)), trainer)
 
     def _drop_gradients(self, optimizer: Optimizer) -> None:
