@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
+import pydoc
+import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse import ActionConfigFile, Namespace
@@ -14,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 # Imported for their names: jsonargparse finds a class by its short name once its module has been imported.
 import lightning_recipes.callbacks
 import lightning_recipes.datamodules
-import lightning_recipes.modules  # noqa: F401
+import lightning_recipes.modules
 from lightning_recipes import __version__
 from lightning_recipes.cli import PROG, find_config
 from lightning_recipes.core.errors import RecipeError
@@ -29,6 +33,38 @@ class ConfigFile(ActionConfigFile):
         except FileNotFoundError as error:
             parser.error(str(error))
         super().__call__(parser, cfg, values, option_string)
+
+
+_UNKNOWN_ARGUMENT = re.compile(r"Problem with given class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
+_UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\w+)\n")
+
+
+class Parser(LightningArgumentParser):
+    """Ends an error with what may have been meant; jsonargparse lists only what it tried."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if self.exit_on_error:  # the parsers of single classes raise theirs to the one of the command
+            parser = getattr(ex, "subcommand_parser", None) or self
+            message = "\n".join([message, *dict.fromkeys(_meant(message, list(parser._option_string_actions)))])
+        super().error(message, ex)
+
+
+def _meant(message: str, options: Sequence[str]) -> Iterator[str]:
+    for path, slip in _UNKNOWN_ARGUMENT.findall(message):
+        cls, name = pydoc.locate(path), path.rpartition(".")[2]
+        known = list(inspect.signature(cls).parameters) if cls not in (None, pl.Callback) else []
+        if known:
+            yield f"{name} has no argument {slip!r}; {_closest(slip, known) or 'it has ' + ', '.join(known)}"
+    for slip in _UNKNOWN_CLASS.findall(message):
+        if close := _closest(slip, [*lightning_recipes.callbacks.__all__, *pl.callbacks.__all__]):
+            yield f"there is no {slip!r}; {close}"
+    for slip in re.findall(r"(--[\w.+-]+)", message) if "unrecognized arguments" in message else []:
+        if close := _closest(slip, options):
+            yield f"there is no option {slip}; {close}"
+
+
+def _closest(slip: str, known: Sequence[str]) -> str:
+    return "".join(f"did you mean {name}?" for name in difflib.get_close_matches(slip, known, 1))
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -50,6 +86,7 @@ class RecipeCLI(LightningCLI):
         super().__init__(
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"overwrite": True},  # a run that writes into a folder again replaces what it wrote
+            parser_class=Parser,
             parser_kwargs={"prog": PROG},
             args=list(args),
         )

@@ -55,6 +55,25 @@ class Box:
             raise RecipeError(f"mean and std have {len(self.mean)} channels; the batch has shape {tuple(x.shape)}")
         return _bounds(self, x.device, x.dim())
 
+    def check_inputs(self, x: Tensor) -> None:
+        """Refuse inputs that no attack of these bounds can start from.
+
+        Raises:
+            RecipeError: when x is not floating point, has another number of channels, or lies outside the range.
+        """
+        if not x.is_floating_point():
+            raise RecipeError(
+                f"an attack follows the gradient of the input; the batch's input is {x.dtype}, not floating point"
+            )
+        low, high, _ = self.bounds(x)
+        if bool(((x < low - 1e-4) | (x > high + 1e-4)).any()):
+            given = self.mean is not None
+            why = "not normalised by mean and std" if given else "normalised but mean and std were not given"
+            raise RecipeError(
+                f"inputs reach from {x.min():.3g} to {x.max():.3g}, outside the range that the attack keeps to; they"
+                f" seem to be {why} (or give input_range)"
+            )
+
 
 @functools.cache  # a copy to the device in every step would wait for it
 def _bounds(box: Box, device: torch.device, dimensions: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -147,6 +147,7 @@ class Observation:
         self.stages, self.select = stages, select
         self.seen: list[Call] = []
         self._inside = False
+        self._idle = False
 
     @property
     def call(self) -> Call | None:
@@ -160,6 +161,7 @@ class Observation:
             return plain()
         call = make()
         if not (torch.is_grad_enabled() and call.logits.requires_grad):
+            self._idle = True
             return plain()  # a loss computed for a log entry trains nothing
         self.seen.append(call)
         if self.call is not call:
@@ -193,6 +195,7 @@ class Observation:
                 " its module (F.cross_entropy, nn.CrossEntropyLoss); name any other with criterion='dotted.name' of the"
                 " submodule or method that computes it"
                 + (f" (criterion={self.select!r} was never called)" if self.select is not None else "")
+                + (" (one was computed, from what needs no gradient: is everything frozen?)" if self._idle else "")
             )
 
 

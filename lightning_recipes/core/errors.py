@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -17,3 +19,15 @@ def check_argument(ok: bool, owner: object, name: str, value: Any, allowed: str)
     """
     if not ok:
         raise RecipeError(f"{type(owner).__name__}: {name} must be {allowed}; got {value!r}")
+
+
+@contextmanager
+def speaking_for(*recipes: object) -> Iterator[None]:
+    """Have an error from a socket or a shared part say which recipe asked, or which ones where all of them did."""
+    names = list(dict.fromkeys(type(recipe).__name__ for recipe in recipes))
+    try:
+        yield
+    except RecipeError as error:
+        if not names or any(name in str(error) for name in names):
+            raise
+        raise RecipeError(f"{' and '.join(names)}: {error}") from error

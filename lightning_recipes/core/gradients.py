@@ -78,6 +78,26 @@ class GradientSocket:
             patch = Patch(self.module, "configure_gradient_clipping", lambda *a, **k: self._clip(patch, *a, **k))
             undo.callback(patch.restore)
 
+    def check_parameters(self) -> None:
+        """Refuse a second pass that has nothing to run for, or that would step; once what trains is known.
+
+        Raises:
+            RecipeError: when nothing trains, or an optimizer steps in backward.
+        """
+        if self._window is None:
+            return
+        name = type(self._window.owner).__name__
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        if not trained:
+            raise RecipeError(
+                f"{name}: no parameter of {type(self.module).__name__} requires a gradient; unfreeze what is to train"
+            )
+        if any(p._post_accumulate_grad_hooks for p in trained):
+            raise RecipeError(
+                f"{name}: a parameter has a hook that runs as soon as its gradient is there (an optimizer that steps in"
+                " backward?), and the second pass would run it at other weights; step after backward"
+            )
+
     def state(self) -> list[Any]:
         """The micro-batches of an accumulation window under way, as a checkpoint takes them."""
         return self._window.state() if self._window is not None else []
@@ -113,6 +133,7 @@ class Window:
         self._steps: list[tuple[tuple[Any, ...], int, dict[str, Any], Tensor]] = []
         self._patch: Patch | None = None
         self._recording = True
+        self._edited_at: tuple[int, int] | None = None
 
     def install(self, undo: ExitStack) -> None:
         """Record every step from here on; outermost of the wrappers on ``training_step``."""
@@ -132,7 +153,18 @@ class Window:
         return output
 
     def run(self, edit: Callable[[Optimizer, Window], None], optimizer: Optimizer) -> None:
-        """Let the owner edit the gradient, then forget the window."""
+        """Let the owner edit the gradient, then forget the window.
+
+        Raises:
+            RecipeError: for an optimizer that asks for a second gradient in one update.
+        """
+        here = self.trainer.current_epoch, self.trainer.fit_loop.batch_idx
+        if here == self._edited_at:
+            raise RecipeError(
+                f"{type(self.owner).__name__} edits the gradient of an update, and {type(optimizer).__name__} calls its"
+                " closure several times for one; use another optimizer"
+            )
+        self._edited_at = here
         self._recording = False
         try:
             if self._steps:

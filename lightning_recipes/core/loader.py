@@ -136,7 +136,8 @@ class TrainingData:
         if len(here) != len(there) or place["way"] != self._way:
             raise RecipeError(
                 f"{self._owner}: the checkpoint was written with other training data: {len(there)} loaders"
-                f" ({place['way']}), here {len(here)} ({self._way})"
+                f" ({place['way']}), here {len(here)} ({self._way}); resume with the same data, or leave {self._owner}"
+                " out"
             )
         for mine, theirs in zip(here, there):
             for name, value in mine.items():

@@ -9,8 +9,8 @@ trainable set) can be read from the recipes' sections of that checkpoint.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import lightning.pytorch as pl
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_recipes.core.distributed import check_strategy
-from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.gradients import GradientSocket, Window, check_optimizers
 from lightning_recipes.core.parameters import Claim, ParameterTable, user_flags
 from lightning_recipes.core.patch import Patch
@@ -128,6 +128,7 @@ class Session:
         self.parameters: ParameterTable  # made when the network exists
         self._undo = ExitStack()
         self._fit_started = False
+        self._steps_before = trainer.global_step
         connector = trainer._checkpoint_connector
         patch = Patch(connector, "resume_start", lambda *a, **k: self._read_then_prepare(patch, *a, **k))
         self._undo.callback(patch.restore)
@@ -150,15 +151,24 @@ class Session:
             session.close()
 
     @classmethod
-    def close_after_exception(cls, trainer: pl.Trainer) -> None:
+    def close_after_exception(cls, trainer: pl.Trainer, exception: BaseException) -> None:
         """End the session once every callback has seen the exception, so that one that saves a checkpoint then still
-        finds adapters and optimizer as they trained."""
+        finds adapters and optimizer as they trained.
+
+        A run that was refused before its first step has nothing to save: callbacks that save on an exception would
+        write over the checkpoint that it was to resume from.
+        """
         session = _SESSIONS.get(trainer)
         if session is None or isinstance(trainer.strategy.__dict__.get("on_exception"), Patch):
             return
+        refused = isinstance(exception, RecipeError) and trainer.global_step <= session._steps_before
+        saving = trainer.checkpoint_callbacks if refused else []
+        silenced = [Patch(each, "on_exception", lambda *args: None) for each in saving]
 
         def then_close(exception: BaseException) -> None:
             patch.restore()
+            for each in silenced:
+                each.restore()
             try:
                 patch.original(exception)
             finally:
@@ -173,7 +183,15 @@ class Session:
         self.recipes.append(recipe)
 
     def _read_then_prepare(self, patch: Patch, *args: Any, **kwargs: Any) -> None:
-        patch.original(*args, **kwargs)
+        try:
+            patch.original(*args, **kwargs)
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, RuntimeError) as error:
+            raise RecipeError(
+                f"the checkpoint {args[0]} cannot be read ({type(error).__name__}: {error}); it may be cut off: resume"
+                " from an earlier one"
+            ) from error
         patch.restore()
         self.prepare(self.trainer._checkpoint_connector._loaded_checkpoint)
 
@@ -186,34 +204,43 @@ class Session:
         self.parameters = ParameterTable(self.trainer, self.module, user_flags(self.module))
         sections = checkpoint.get("callbacks", {})
         active = [recipe for recipe in self.recipes if not recipe.neutral]
+        self._steps_before = checkpoint.get("global_step", self._steps_before)
         if self.fitting and active:
-            check_strategy(self.trainer)
-            self._check_step_signature()
+            with speaking_for(*active):
+                check_strategy(self.trainer)
+                self._check_step_signature()
+                self._check_structure(sections, active)
             _check_pairs(active, self.trainer)
         plans = {recipe: Plan(self, recipe, sections.get(recipe.state_key)) for recipe in active}
         for recipe, plan in plans.items():
             if self.fitting and plan.section is not None:
                 recipe.check_resume(plan.section)
-            with _speaking_for(recipe):
+            with speaking_for(recipe):
                 recipe.declare(plan)
         if self.fitting and not self.keeps_place and (lost := what_a_resume_loses(checkpoint)):
             rank_zero_warn(lost)
         try:
-            self._operate(plans)
+            self._operate(plans, resumes="callbacks" in checkpoint)
             if self.fitting:
                 self._attach()
         except BaseException:
             self.close()
             raise
 
-    def _operate(self, plans: Mapping[Recipe, Plan]) -> None:
+    def _operate(self, plans: Mapping[Recipe, Plan], resumes: bool) -> None:
         for recipe, spec in self.specs.items():
             stored = structure_of(plans[recipe].section)
             if not self.fitting:
                 spec = stored
                 if spec is None or carries_adapters(self.module):
                     continue  # nothing to load into adapters, or they are in place: the module is what it is
-            elif plans[recipe].section is not None and stored is None:
+            elif resumes and plans[recipe].section is None:
+                name = type(recipe).__name__
+                raise RecipeError(
+                    f"{name}: the checkpoint was written without {name} and holds no adapters to resume. Load its"
+                    f" weights into the module and start a new fit, or resume without {name}"
+                )
+            elif resumes and stored is None:
                 raise RecipeError(
                     f"{type(recipe).__name__}: the checkpoint holds merged weights (it was written after the fit ended)"
                     "; there are no adapters to resume. Load its weights into the module and start a new fit"
@@ -223,7 +250,7 @@ class Session:
                 raise RecipeError(
                     f"{other} and {type(recipe).__name__} both adapt the module's layers; use one of them"
                 )
-            with _speaking_for(recipe):
+            with speaking_for(recipe):
                 adapters = self.adapters[recipe] = inject(self.module, spec)
             recipe.adapters, recipe._structure = adapters, spec.as_structure()
             self._undo.callback(self._finish_surgery, recipe, adapters)
@@ -251,10 +278,11 @@ class Session:
 
     def _attach(self) -> None:
         for recipe, claim in self.claims.items():
-            with _speaking_for(recipe):
+            with speaking_for(recipe):
                 self.parameters.claim(recipe, claim())
         if self.parameters.claimed:
-            self.parameters.install(self._undo)
+            with speaking_for(*self.claims):
+                self.parameters.install(self._undo)
         if self.step_recipes:
             StepSocket(self.trainer, self.module, self.step_recipes).install(self._undo)
         self.gradients.install(self._undo)
@@ -267,31 +295,32 @@ class Session:
                 "training_step(dataloader_iter) fetches its own batches; recipes need training_step(batch, ...)"
             )
 
+    def _check_structure(self, sections: Mapping[str, Any], active: list[Recipe]) -> None:
+        """Refuse a checkpoint with the adapters of a recipe that this run does not have."""
+        here = {recipe.state_key for recipe in active}
+        for key, section in sections.items():
+            ours = isinstance(section, Mapping) and "arguments" in section
+            if ours and key not in here and structure_of(section) and not carries_adapters(self.module):
+                raise RecipeError(
+                    f"the checkpoint holds the adapters of {key}, which is not among the Trainer's callbacks. Add it"
+                    " with the arguments of the checkpoint, or start a new fit from merged weights"
+                )
+
     def on_fit_start(self, recipe: Recipe) -> None:
         """Optimizers exist, their state is not restored yet; runs once, with the first recipe's hook."""
         if self._fit_started:
             return
         made = {name: p for adapters in self.adapters.values() for name, p in adapters.made.items()}
-        self.parameters.attach(made)
+        with speaking_for(*self.claims):
+            self.parameters.attach(made)
         for edited in self.edits:
             check_optimizers(self.trainer, edited)
+        self.gradients.check_parameters()
         self._fit_started = True  # only now: an error above leaves nothing in the module
 
     def close(self) -> None:
         """Take everything off again, in reverse order."""
         self._undo.close()
-
-
-@contextmanager
-def _speaking_for(recipe: Recipe) -> Iterator[None]:
-    """Have an error from a socket say which recipe asked."""
-    name = type(recipe).__name__
-    try:
-        yield
-    except RecipeError as error:
-        if name in str(error):
-            raise
-        raise RecipeError(f"{name}: {error}") from error
 
 
 def _check_pairs(recipes: list[Recipe], trainer: pl.Trainer) -> None:

@@ -125,7 +125,7 @@ class Recipe(pl.Callback):
         Session.close_of(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        Session.close_after_exception(trainer)
+        Session.close_after_exception(trainer, exception)
 
 
 class StepRecipe(Recipe):

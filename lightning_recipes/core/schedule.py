@@ -24,7 +24,9 @@ def horizon(trainer: pl.Trainer, unit: Literal["epoch", "step"], why: str) -> in
     """
     if unit == "epoch":
         if trainer.max_epochs is None or trainer.max_epochs < 0:
-            raise RecipeError(f"{why} needs Trainer(max_epochs=...); it is {trainer.max_epochs}")
+            raise RecipeError(
+                f"{why} needs Trainer(max_epochs=...); it is {trainer.max_epochs}. Set it, or give whole epochs (int)"
+            )
         return trainer.max_epochs
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps):

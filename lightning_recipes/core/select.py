@@ -52,7 +52,9 @@ def head(module: nn.Module) -> str:
             return _join(path, name, last if isinstance(child, nn.Sequential) else "")
     last = _last_linear(root)
     if not last:
-        raise RecipeError(f"found no head in {type(module).__name__}; its parts are {names_of(module)}")
+        raise RecipeError(
+            f"found no head in {type(module).__name__}; its parts are {names_of(module)}: name the one that is the head"
+        )
     return _join(path, last)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_recipes.core import random
 from lightning_recipes.core.criterion import Call, Observation, watching, wrap_named
 from lightning_recipes.core.distributed import rank_and_world
-from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.patch import Patch
 from lightning_recipes.core.silence import silent
 
@@ -210,7 +210,7 @@ class StepSocket:
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, recipes: Sequence[StepRecipe]) -> None:
         self.trainer, self.module, self.recipes = trainer, module, recipes
-        self.needed = any(r.needs_criterion or any(r.overrides(s) for s in _NEED_CRITERION) for r in recipes)
+        self.observing = [r for r in recipes if r.needs_criterion or any(r.overrides(s) for s in _NEED_CRITERION)]
         self.select = self._agree_on_criterion()
         self._check()
         self._patch: Patch | None = None
@@ -240,9 +240,9 @@ class StepSocket:
     def _check_compiled(self) -> None:
         """A loss inside one unbroken graph cannot be observed, and CUDA graphs write over what a step keeps."""
         context = (getattr(self.module, "_compiler_ctx", None) or {}).get("dynamo_ctx")
-        if context is None or not self.needed:
+        if context is None or not self.observing:
             return
-        name = type(self.recipes[0]).__name__
+        name = type(self.observing[0]).__name__
         if context.fullgraph:
             raise RecipeError(
                 f"{name} observes the loss, which torch.compile(module, fullgraph=True) has inside its one graph;"
@@ -257,7 +257,8 @@ class StepSocket:
     def install(self, undo: ExitStack) -> None:
         """Put the wrappers on and leave their removal with `undo`."""
         if isinstance(self.select, str):
-            undo.callback(wrap_named(self.module, self.select))
+            with speaking_for(*(r for r in self.recipes if r.criterion is not None)):
+                undo.callback(wrap_named(self.module, self.select))
         self._patch = Patch(self.module, "training_step", self._step)
         undo.callback(self._patch.restore)
 
@@ -268,15 +269,17 @@ class StepSocket:
         step = Step(self.trainer, self.module, run, batch, rest, self.recipes, self.select)
         for recipe in self.recipes:
             if recipe.overrides("transform_batch"):
-                step.batch = recipe.transform_batch(step, step.batch)
-        if not self.needed:
+                with speaking_for(recipe):
+                    step.batch = recipe.transform_batch(step, step.batch)
+        if not self.observing:
             return self._with_extra(step, run(step.batch, *rest))
-        with watching(Observation(step, self.select)) as watch:
-            output = run(step.batch, *rest)
-        if not self.module.automatic_optimization:
-            watch.check(needed=False)  # a step may be the generator's turn
-        elif output is not None:
-            watch.check(needed=True)
+        with speaking_for(*self.observing):
+            with watching(Observation(step, self.select)) as watch:
+                output = run(step.batch, *rest)
+            if not self.module.automatic_optimization:
+                watch.check(needed=False)  # a step may be the generator's turn
+            elif output is not None:
+                watch.check(needed=True)
         return self._with_extra(step, output)
 
     def _with_extra(self, step: Step, output: Any) -> Any:

@@ -189,7 +189,9 @@ def uninterrupted(
     process(run, folder, f"{row.name}.{what}{ranks}", ranks)
 
 
-def killed(row: Row, folder: Path, deaths: list[tuple[int, str]], ranks: int = 1, epochs: int = 3) -> None:
+def killed(
+    row: Row, folder: Path, deaths: list[tuple[int, str]], ranks: int = 1, epochs: int = 3, workers: int = 0
+) -> None:
     """The same run, killed and continued as often as there are `deaths`: after so many batches, in that hook."""
     path = folder / f"{row.name}.{ranks}.ckpt"
     for life, death in enumerate([*deaths, (None, "")]):
@@ -198,7 +200,7 @@ def killed(row: Row, folder: Path, deaths: list[tuple[int, str]], ranks: int = 1
         def run(rank: int, death: Any = death, ckpt: Path | None = ckpt) -> None:
             # with two ranks the second dies, and the first in the middle of whatever it does then
             die, at = death if rank == ranks - 1 else (None, "")
-            result = ended(*lively(row, [*row.recipes(), EveryBatch(path, die, at)], ckpt, ranks, epochs))
+            result = ended(*lively(row, [*row.recipes(), EveryBatch(path, die, at)], ckpt, ranks, epochs, workers))
             torch.save(result, folder / f"{row.name}.killed{ranks}.rank{rank}.pt")
 
         statuses = process(run, folder, f"{row.name}.killed{ranks}", ranks)
@@ -308,12 +310,12 @@ def main(folder: Path, names: list[str]) -> None:
             two_ranks(row, folder)
             if row is LIGHTNINGS_OWN:
                 continue
-            draw = random.Random(row.name)
+            draw, workers = random.Random(row.name), 2 if row.name == WORKERS_TOO else 0
             uninterrupted(row, folder)
             # in mid-epoch, in or at the end of a window; then after an epoch's last step, at three stages of its end
             killed(row, folder, [(draw.randint(2, 6), BATCH), (14, draw.choice(last_step))])
-            uninterrupted(row, folder, ranks=2)
-            killed(row, folder, [(draw.randint(9, 13), draw.choice([BATCH, STEP]))], ranks=2)
+            uninterrupted(row, folder, ranks=2, workers=workers)
+            killed(row, folder, [(draw.randint(9, 13), draw.choice([BATCH, STEP]))], ranks=2, workers=workers)
     for row in [row for row in pairs() if not names or row.name in names]:
         with _timed(row):
             if pair_refused(row, folder):

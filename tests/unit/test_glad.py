@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from lightning_recipes.callbacks import GLAD, PEGO
+from lightning_recipes.callbacks import GLAD
 from lightning_recipes.callbacks.adapters.glad import ascent, measures, mixed
-from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(24)
@@ -279,69 +278,3 @@ def test_a_named_loss_replaces_the_second_run():
     fit(second, GLAD(rank=None))
     assert (first.entered, second.entered) == (48, 96)
     assert same(weights(first), weights(second))
-
-
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"mix": 1.5}, r"mix must be in \[0, 1\]; got 1.5"),
-        ({"mix": -0.1}, r"mix must be in \[0, 1\]; got -0.1"),
-        ({"rho": 0}, "rho must be positive; got 0"),
-        ({"rank": 0}, "rank must be None or at least 1; got 0"),
-        ({"lora_alpha": 0}, "lora_alpha must be positive"),
-        ({"lora_dropout": 1.0}, "lora_dropout must be in"),
-        ({"params": "all"}, "params must be 'trainable' or 'adapters'"),
-        ({"params": "adapters", "rank": None}, "params must be 'trainable' when rank is None"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(RecipeError, match=message):
-        GLAD(**arguments)
-
-
-def manual():
-    module = Classifier()
-    module.automatic_optimization = False
-    return module
-
-
-def frozen_head():
-    module = Classifier()
-    module.net[4].requires_grad_(False)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("build", "recipes", "message"),
-    [
-        (manual, [GLAD(rank=None)], "GLAD .*needs automatic optimization"),
-        (Classifier, [GLAD()], "no attention block"),
-        (Classifier, [GLAD(rank=None, replay="nothing")], "replay='nothing' is no method of Classifier"),
-        (frozen_head, [GLAD(target_modules=LAYERS)], "GLAD: 'net.4.weight' is to train beside the adapters"),
-        (
-            Classifier,
-            [GLAD(target_modules=["0"]), PEGO(target=["2"])],
-            "GLAD and PEGO cannot share a Trainer: both adapt",
-        ),
-        (lambda: Classifier(optimizer=torch.optim.LBFGS), [GLAD(rank=None)], "LBFGS"),
-    ],
-)
-def test_what_cannot_work_is_an_error_before_training(build, recipes, message):
-    module = build()
-    with pytest.raises(RecipeError, match=message):
-        fit(module, *recipes)
-    assert same(weights(module.net), weights(mlp()))
-    assert not {"training_step", "configure_gradient_clipping"} & set(module.__dict__)
-
-
-def test_a_class_of_recipe_that_runs_passes_of_its_own_is_refused():
-    from lightning_recipes.core.recipe import Recipe
-
-    class ProgressiveShrinking(Recipe):
-        pass
-
-    with pytest.raises(RecipeError, match="both run further passes in a step"):
-        fit(Classifier(), GLAD(rank=None), ProgressiveShrinking())

@@ -13,7 +13,6 @@ from torch import nn
 
 from lightning_recipes.callbacks import PEGO
 from lightning_recipes.callbacks.adapters.pego import orthogonality, overlaps
-from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(20)
@@ -217,51 +216,7 @@ def test_nothing_is_computed_at_weight_0():
     assert "pego/preserve" not in trainer.callback_metrics
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"rank": 0}, "rank must be at least 1; got 0"),
-        ({"groups": 0}, "groups must be at least 1; got 0"),
-        ({"weight": -1}, "weight must be at least 0; got -1"),
-        ({"scaling": 0}, "scaling must be positive; got 0"),
-        ({"groups": 1, "preserve": False}, "diversify alone is an empty term"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(RecipeError, match=message):
-        PEGO(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "message"),
-    [
-        (PEGO(), r"no attention block .*linear layers are \['net\.0', 'net\.2', 'net\.4'\]"),
-        (PEGO(target=["nothing"]), "'nothing' matches no layer"),
-        (PEGO(target=["2"], rank=6), "rank must be at most the width of net.2, 5; got 6"),
-        (PEGO(target=["0"], train_fully=["nothing"]), "train_fully: 'nothing' matches no parameter"),
-    ],
-)
-def test_bad_targets(recipe, message):
-    module = Classifier()
-    with pytest.raises(RecipeError, match=message):
-        fit(module, recipe)
-    assert same(weights(module.net), weights(mlp()))
-    assert all(p.requires_grad for p in module.parameters())
-
-
-def test_a_frozen_head_is_an_error():
-    module = Classifier()
-    module.net[4].requires_grad_(False)
-    with pytest.raises(RecipeError, match=r"PEGO: 'net\.4\.weight' is to train beside the adapters"):
-        fit(module, PEGO(rank=1, target=LAYERS))
-
-
-def test_a_layer_that_is_adapted_already_is_an_error():
-    with pytest.raises(RecipeError, match="already carries adapters"):
-        fit(plain_lora(1, 0), PEGO(rank=1, target=LAYERS))
+# -- warnings (its errors stand in tests/conformance/misuses.py) -----------------------------------------------------
 
 
 def test_batch_norm_statistics_are_warned_of():

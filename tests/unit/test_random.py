@@ -165,7 +165,7 @@ def test_a_snapshot_is_taken_up_in_another_process(tmp_path):
     draw()
     torch.save(snapshot(), tmp_path / "random.pt")
     code = (
-        "import sys, torch; from lightning_recipes.core.random import restore; from tests.unit.test_random import draw\n"
+        "import sys, torch; from tests.unit.test_random import draw, restore\n"
         "restore(torch.load(sys.argv[1], weights_only=True)); print(draw())"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "random.pt")]

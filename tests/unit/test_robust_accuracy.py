@@ -73,12 +73,18 @@ def test_autoattack_finds_the_same(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), without)
 
 
-def test_the_fit_is_bitwise_the_same_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_the_fit_is_bitwise_the_same_with_it(sanity: int, tmp_path: Path) -> None:
     def train(callbacks: list[Any]) -> dict[str, Tensor]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4, 2))
         module = Classifier(net)
-        trainer = quiet(max_epochs=3, callbacks=callbacks, logger=CSVLogger(tmp_path) if callbacks else False)
+        trainer = quiet(
+            max_epochs=3,
+            callbacks=callbacks,
+            logger=CSVLogger(tmp_path) if callbacks else False,
+            num_sanity_val_steps=sanity,
+        )
         trainer.fit(module, data(), data())
         return weights(module)
 
@@ -107,17 +113,18 @@ def test_only_the_first_batches_when_limited() -> None:
     assert values["robust_accuracy/fgsm"] == 0.0  # the nearer four
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"attack": "cw"}, "attack must be"),
-        ({"epsilon": 0.0}, "epsilon must be"),
-        ({"epsilon": 8, "mean": [0.5], "std": [0.5]}, "epsilon must be"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"mean": [0.5]}, "mean and std go together"),
-        ({"limit_batches": 0}, "limit_batches must be at least 1"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        RobustAccuracyMonitor(**arguments)
+# -- misuse that is no error before a fit; the rest stands in tests/conformance/misuses.py -----------------------------
+
+
+def test_a_fit_without_validation_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="RobustAccuracyMonitor measures in validations, and this fit has none"):
+        quiet(callbacks=[RobustAccuracyMonitor("fgsm")]).fit(Linear(), data())
+
+
+@pytest.mark.parametrize("run", ["fit", "validate"])
+def test_inputs_outside_the_range_are_an_error_in_the_first_validation(run: str) -> None:
+    """A fit without Lightning's check before the training comes to its first validation after an epoch."""
+    outside = loader(torch.full((4, 1, 1, 1), 2.0), torch.arange(4) % 2)
+    trainer = quiet(callbacks=[RobustAccuracyMonitor("fgsm")])
+    with pytest.raises(RecipeError, match="RobustAccuracyMonitor: inputs reach from 2 to 2, outside the range"):
+        trainer.fit(Linear(), data(), outside) if run == "fit" else trainer.validate(Linear(), outside)

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from lightning_recipes.core import select
 from lightning_recipes.core.diagnostics import log_values
 from lightning_recipes.core.distributed import from_rank_zero
-from lightning_recipes.core.errors import RecipeError, check_argument
+from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.parameters import Claim, batch_norms
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Paper, Recipe
@@ -270,7 +270,8 @@ class ProgressiveUnfreezing(Recipe):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.neutral:  # nothing was declared; groups that do not fit the module are an error all the same
-            self._when.times(len(self._resolve_groups(pl_module)[0]), trainer)
+            with speaking_for(self):
+                self._when.times(len(self._resolve_groups(pl_module)[0]), trainer)
         super().on_fit_start(trainer, pl_module)
 
     def on_train_batch_start(

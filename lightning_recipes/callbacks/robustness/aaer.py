@@ -33,7 +33,7 @@ from torch import Tensor
 from lightning_recipes.core.attacks import Box, clip, sign_gradient
 from lightning_recipes.core.batch import get_input, with_input
 from lightning_recipes.core.distributed import all_sum
-from lightning_recipes.core.errors import RecipeError, check_argument
+from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Paper, StepRecipe
 from lightning_recipes.core.schedule import linear
@@ -182,7 +182,8 @@ class AAER(StepRecipe):
         self.mean, self.std, self.input_range = mean, std, tuple(input_range)
         self.ce_gradient, self.attack_mode, self.criterion, self.seed = ce_gradient, attack_mode, criterion, seed
         self.attack_warmup_epochs, self.reg_warmup_epochs = attack_warmup_epochs, reg_warmup_epochs
-        self._box = Box(mean, std, self.input_range)
+        with speaking_for(self):
+            self._box = Box(mean, std, self.input_range)
         self._checked = False
 
     @property
@@ -196,7 +197,9 @@ class AAER(StepRecipe):
     def transform_batch(self, step: Step, batch: Any) -> Any:
         """x to x + delta: a silent replay of the module's own step at the random start, and one step along the sign."""
         x = get_input(batch).detach()
-        low, high, unit = self._bounds(x)
+        if not self._checked:
+            self._box.check_inputs(x)
+        low, high, unit = self._box.bounds(x)
         ramp = _ramp(step, self.attack_warmup_epochs)
         radius = self.epsilon * unit
         u = torch.zeros((), device=x.device) + 0.5
@@ -238,22 +241,6 @@ class AAER(StepRecipe):
             return {}
         weight = self.lambda1 * _ramp(step, self.reg_warmup_epochs)
         return {"regularizer": regularizer(own, everywhere, weight, self.lambda2, self.lambda3)}
-
-    def _bounds(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not x.is_floating_point():
-            raise RecipeError(
-                f"AAER attacks the input by its gradient; the batch's input is {x.dtype}, not floating point"
-            )
-        low, high, unit = self._box.bounds(x)
-        if not self._checked and bool(((x < low - 1e-4) | (x > high + 1e-4)).any()):
-            why = (
-                "normalised but mean and std were not given" if self.mean is None else "not normalised by mean and std"
-            )
-            raise RecipeError(
-                f"AAER: inputs reach from {x.min():.3g} to {x.max():.3g}, outside the range that the attack keeps to;"
-                f" they seem to be {why} (or give input_range)"
-            )
-        return low, high, unit
 
     def _check_outputs(self, classifies: bool, logits: Tensor, x: Tensor) -> None:
         if self._checked:

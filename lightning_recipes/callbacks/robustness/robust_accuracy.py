@@ -14,15 +14,17 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_recipes.core.attacks import Box, Logits, RobustAccuracy, fgsm, pgd
 from lightning_recipes.core.batch import get_input, with_input
 from lightning_recipes.core.diagnostics import History, where_to_draw
-from lightning_recipes.core.errors import RecipeError, check_argument
+from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.random import forked, generator
 from lightning_recipes.core.recipe import Paper, Recipe
+from lightning_recipes.core.silence import gradients_allowed
 from lightning_recipes.core.step import observe
 
 _NEEDS_EXTRA = "attack='autoattack' needs pyautoattack: pip install 'lightning_recipes[attacks]'"
@@ -77,6 +79,11 @@ class RobustAccuracyMonitor(Recipe):
         criterion: which loss of the module's training step to observe, where it cannot be found.
         draw: save a picture in the run's log folder at the end of a fit (needs the `plots` extra).
         seed: of the random starts.
+
+    Raises:
+        RecipeError: for bad arguments; in a fit's sanity check, or else in the first validation or test, for inputs
+            that are not floating point, lie outside the box or have another number of channels, and for a loss that
+            cannot be seen or is not one of classification.
     """
 
     paper = Paper(
@@ -114,6 +121,7 @@ class RobustAccuracyMonitor(Recipe):
         )
         for name, value in (("steps", steps), ("restarts", restarts), ("every_n_epochs", every_n_epochs)):
             check_argument(value >= 1, self, name, value, "at least 1")
+        check_argument(step_size is None or step_size >= 0, self, "step_size", step_size, "None or at least 0")
         check_argument(limit_batches is None or limit_batches >= 1, self, "limit_batches", limit_batches, "at least 1")
         self.attack, self.epsilon, self.steps, self.restarts, self.step_size = (
             attack,
@@ -125,7 +133,8 @@ class RobustAccuracyMonitor(Recipe):
         self.mean, self.std, self.input_range = mean, std, tuple(input_range)
         self.every_n_epochs, self.limit_batches, self.criterion = every_n_epochs, limit_batches, criterion
         self.draw, self.seed = draw, seed
-        self._box = Box(mean, std, self.input_range)
+        with speaking_for(self):
+            self._box = Box(mean, std, self.input_range)
         self._history = History()
         self._active = False
 
@@ -140,6 +149,8 @@ class RobustAccuracyMonitor(Recipe):
     def declare(self, plan: Plan) -> None:
         if self.attack == "autoattack" and find_spec("pyautoattack") is None:
             raise RecipeError(_NEEDS_EXTRA)
+        if plan.fitting and not plan.trainer.enable_validation:
+            rank_zero_warn("RobustAccuracyMonitor measures in validations, and this fit has none")
 
     # -- validation and test -----------------------------------------------------------------------------------------
 
@@ -158,10 +169,12 @@ class RobustAccuracyMonitor(Recipe):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not self._active or dataloader_idx or (self.limit_batches is not None and batch_idx >= self.limit_batches):
+        enough = self.limit_batches is not None and batch_idx >= self.limit_batches
+        if dataloader_idx or enough or not (self._active or trainer.sanity_checking):
             return
-        with torch.inference_mode(False), torch.enable_grad(), trainer.precision_plugin.forward_context():
+        with speaking_for(self), gradients_allowed(), trainer.precision_plugin.forward_context():
             x = get_input(batch).detach().clone()
+            self._box.check_inputs(x)
             batch = _leave_inference(batch)
 
             def see(inputs: Tensor) -> Any:
@@ -174,6 +187,13 @@ class RobustAccuracyMonitor(Recipe):
                 return see(torch.cat([inputs, x[len(inputs) :]])).logits[: len(inputs)]
 
             clean = see(x)
+            if not clean.call.classifies or clean.logits.dim() != 2 or len(clean.logits) != len(x):
+                raise RecipeError(
+                    "needs a classification loss of logits [n, classes]; the observed one got"
+                    f" {tuple(clean.logits.shape)} for {len(x)} inputs"
+                )
+            if trainer.sanity_checking:
+                return
             y = clean.targets if not clean.targets.is_floating_point() else clean.targets.argmax(1)
             self._robust.attack = self._attack(batch_idx, trainer)
             self._robust.update(logits, x, y)
