@@ -300,6 +300,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_the_random_state_of_a_device_is_kept(precision: str, tmp_path: Path) -> None:
+    data = lambda: loader(num_workers=2, pin_memory=True)  # noqa: E731
+    assert_resumes(tmp_path, accelerator="gpu", devices=1, precision=precision, data=data, accumulate_grad_batches=2)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_place_in_the_run_is_kept(name: str, tmp_path: Path) -> None:
     assert_resumes(tmp_path, **SETTINGS[name])

@@ -165,8 +165,11 @@ def test_a_snapshot_is_taken_up_in_another_process(tmp_path):
     draw()
     torch.save(snapshot(), tmp_path / "random.pt")
     code = (
-        "import sys, torch; from tests.unit.test_random import draw, restore\n"
-        "restore(torch.load(sys.argv[1], weights_only=True)); print(draw())"
+        "import sys, torch\n"
+        "from lightning_recipes.core.random import restore\n"
+        "from tests.unit.test_random import draw\n"
+        "restore(torch.load(sys.argv[1], weights_only=True))\n"
+        "print(draw())"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "random.pt")]
     there = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
