@@ -2,8 +2,9 @@
 
 A map-style ``DataLoader`` becomes torchdata's stateful one for the length of the fit, in place: the same object with
 the same attributes, so that whoever holds it sees no difference. torchdata keeps count of what was handed out and
-carries each worker's state along with its batches; what it leaves out is added here: the order that a sampler drew
-from random numbers, and the random state in which a worker left off. Then going back reads no sample twice.
+carries each worker's state along with its batches; what it leaves out is added here: the order that a sampler drew from
+random numbers, and the random state in which a worker left off. Then going back reads no sample twice. A sized loader
+with a ``state_dict`` of its own is asked for that.
 
 Anything else that Lightning takes for training data (several loaders at once, an ``IterableDataset``, a loader class of
 the user's own) is read again from the beginning of the epoch, with the random state of that moment, up to the place.
@@ -55,10 +56,10 @@ class TrainingData:
     def _take_hold(self, undo: ExitStack) -> None:
         loader = self._loader = self._loop._combined_loader
         first = loader.flattened[0] if len(loader.flattened) == 1 else None
-        if type(first) in (DataLoader, _Resumable) and _map_style_in_order(first):
+        if type(first) in (DataLoader, StatefulDataLoader, _Resumable) and _map_style_in_order(first):
             self._way = "skip"
-            if type(first) is DataLoader:
-                undo.callback(_make_stateful(first))
+            if type(first) is not _Resumable:  # a reload may give the same one
+                undo.callback(_make_resumable(first))
             loader._state_dicts = list  # Lightning would save a state that a run without us cannot load
             undo.callback(loader.__dict__.pop, "_state_dicts", None)
         elif hasattr(first, "load_state_dict") and sized_len(first) is not None:
@@ -110,15 +111,13 @@ class TrainingData:
 
     def place(self) -> dict[str, Any]:
         """Where this rank stands, as a checkpoint takes it; between two batches."""
-        place = {
-            "way": self._way,
-            "epoch": self._loop.trainer.current_epoch,
-            "of": self._shape(),
-        }
+        place = {"way": self._way, "epoch": self._loop.trainer.current_epoch, "of": self._shape()}
         if self._way == "again":
             return {**place, **self._read, "done": self._loop._data_fetcher.done}
-        iterator = self._loader._iterator.iterators[0]
-        return {**place, "state": _with_indices_under_way(iterator) if self._way == "skip" else iterator.state_dict()}
+        if self._way == "own":
+            return {**place, "state": self._loader.flattened[0].state_dict()}
+        # not the loader's state: somebody else may have begun to iterate over it, a validation on the same data
+        return {**place, "state": _with_indices_under_way(self._loader._iterator.iterators[0])}
 
     def _shape(self) -> list[dict[str, Any]]:
         """What must not change for a place to mean the same thing."""
@@ -249,22 +248,26 @@ class _Resumable(StatefulDataLoader):
             self.__dict__["dataset"] = own
 
 
-def _make_stateful(loader: DataLoader) -> Any:
-    """Turn a stock loader into a stateful one, in place.
+def _make_resumable(loader: DataLoader) -> Any:
+    """Turn a stock loader, or torchdata's, into a resumable one in place.
 
     Returns:
         undoes it.
     """
+    stock, before = type(loader), dict(loader.__dict__)
     loader.__class__ = _Resumable
     loader.__dict__.update(
         snapshot_every_n_steps=1, next_iter_state=None, _initial_iter_for_state_dict=False, _iterator=None
     )
 
     def undo() -> None:
-        loader.__class__ = DataLoader
-        loader.__dict__.update(_iterator=None)
+        loader.__class__ = stock
         for name in ("snapshot_every_n_steps", "next_iter_state", "_initial_iter_for_state_dict"):
-            loader.__dict__.pop(name, None)
+            if name in before:
+                loader.__dict__[name] = before[name]
+            else:
+                del loader.__dict__[name]
+        loader.__dict__["_iterator"] = None
 
     return undo
 

@@ -36,6 +36,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
@@ -257,6 +258,34 @@ def draws(size: int = 26) -> BatchSampler:
     return BatchSampler(WeightedRandomSampler(torch.linspace(0.1, 1, size), size), 4, drop_last=True)
 
 
+class OwnClass(DataLoader):
+    """Of whose workings nobody knows anything."""
+
+
+class OwnState:
+    """A sized loader that knows its place, in data that depend on nothing else."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(2)
+        self.batches = [(torch.randn(4, 6, generator=generator), torch.arange(4) % 3) for _ in range(7)]
+        self.place = 0
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.place < 7:
+            self.place += 1
+            yield self.batches[self.place - 1]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
 LOADERS: dict[str, Callable[[], Any]] = {
     "shuffled": loader,
     "in order": lambda: loader(shuffle=False),
@@ -268,6 +297,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "own sampler": lambda: loader(shuffle=False, sampler=OwnSampler(26), num_workers=1),
     "batch sampler": lambda: DataLoader(Noisy(), batch_sampler=draws()),
     "subset": lambda: loader(Subset(Noisy(), range(2, 22)), num_workers=1),
+    "torchdata's and workers": lambda: StatefulDataLoader(Noisy(), 4, shuffle=True, num_workers=2),
+    "a class of its own": lambda: OwnClass(Noisy(), 4, shuffle=True, num_workers=1),
+    "a state of its own": OwnState,
     "two at once": lambda: {"a": loader(), "b": loader(Noisy(10), num_workers=1)},
     "two, the longer": lambda: CombinedLoader({"a": loader(), "b": loader(Noisy(10))}, "max_size_cycle"),
     "a stream": lambda: loader(Stream(), shuffle=False),
@@ -278,6 +310,17 @@ LOADERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", LOADERS)
 def test_the_place_in_the_data_is_kept(name: str, tmp_path: Path) -> None:
     assert_resumes(tmp_path, data=LOADERS[name], few=4 if "workers" in name else 7)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_is_validated_on_too(workers: int, tmp_path: Path) -> None:
+    made: list[DataLoader] = []
+
+    def data() -> DataLoader:
+        made.append(loader(num_workers=workers))
+        return made[-1]
+
+    assert_resumes(tmp_path, data=data, validation=lambda: made[-1], val_check_interval=3, few=4)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
