@@ -1,0 +1,113 @@
+"""What is measured: one row a recipe and setting. A new recipe is one more row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import timm
+from torch import nn
+
+from benchmarks import loops
+from lightning_recipes.callbacks import AAER, GLAD, PEGO, ExactResume, ProgressiveUnfreezing
+
+# Per device, by name: timm's name and its arguments. On a CPU small enough for steps of some 50 ms on a few cores.
+NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "cpu": {
+        "resnet": ("resnet18", {"channels": (32, 64, 128, 256)}),
+        "vit": (
+            "vit_tiny_patch16_224",
+            {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3},
+        ),
+    },
+    "cuda": {"resnet": ("resnet50", {}), "vit": ("vit_small_patch16_224", {})},
+}
+IMAGE_SIZE = {"cpu": 32, "cuda": 224}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe in one setting.
+
+    Attributes:
+        network: 'resnet' or 'vit'.
+        recipes: makes fresh callbacks.
+        neutral: makes them at their neutral setting, if they have one.
+        loop: the same method by hand: trains a network on batches, as in :mod:`benchmarks.loops`.
+        num_workers: of the dataloader.
+        saves: measure what the recipe adds to a checkpoint too.
+    """
+
+    network: str
+    recipes: Callable[[], list[pl.Callback]]
+    neutral: Callable[[], list[pl.Callback]] | None = None
+    loop: Callable[[nn.Module, loops.Batches, loops.Amp], None] | None = None
+    num_workers: int = 0
+    saves: bool = False
+
+
+CASES: dict[str, Case] = {
+    # What the measurement makes of no difference at all.
+    "nothing": Case("resnet", list, list, loops.plain),
+    "AAER": Case(
+        "resnet",
+        lambda: [AAER()],
+        lambda: [AAER(0.0)],
+        lambda net, batches, amp: loops.aaer(net, batches, amp),
+    ),
+    "AAER n": Case(
+        "resnet",
+        lambda: [AAER(variant="n")],
+        lambda: [AAER(0.0, "n")],
+        lambda net, batches, amp: loops.aaer(
+            net, batches, amp, start=2.0, alpha=1.0, project=False, lambda2=1.5, lambda3=0.15
+        ),
+    ),
+    "PEGO": Case(
+        "vit",
+        lambda: [PEGO()],
+        loop=lambda net, batches, amp: loops.pego(loops.with_lora(net, "qv", rank=4, groups=4), batches, amp),
+    ),
+    "GLAD": Case(
+        "vit",
+        lambda: [GLAD()],
+        loop=lambda net, batches, amp: loops.glad(loops.with_lora(net, "qkv", rank=4, scale=2.0), batches, amp),
+    ),
+    "GLAD, mix 0 (plain LoRA)": Case(
+        "vit",
+        lambda: [GLAD(mix=0.0)],
+        loop=lambda net, batches, amp: loops.plain(loops.with_lora(net, "qkv", rank=4, scale=2.0), batches, amp),
+    ),
+    "GLAD, all weights": Case(
+        "vit",
+        lambda: [GLAD(rank=None)],
+        lambda: [GLAD(0.0, rank=None)],
+        lambda net, batches, amp: loops.glad(net, batches, amp),
+    ),
+    "ProgressiveUnfreezing, head": Case(
+        "resnet",
+        lambda: [ProgressiveUnfreezing(at=(0,))],
+        loop=lambda net, batches, amp: loops.unfreezing(net, batches, amp, rates=(1.0,)),
+    ),
+    "ProgressiveUnfreezing, half": Case(
+        "resnet",
+        lambda: [ProgressiveUnfreezing(at=(0,) * 3)],
+        loop=lambda net, batches, amp: loops.unfreezing(net, batches, amp, rates=(1.0, 0.5, 0.25)),
+    ),
+    "ProgressiveUnfreezing, all": Case(
+        "resnet",
+        lambda: [ProgressiveUnfreezing(at=(0,) * 6, lr_scale=0.5)],
+        lambda: [ProgressiveUnfreezing(loops.RESNET_GROUPS, (0,) * 6, lr_scale=1.0)],
+        lambda net, batches, amp: loops.unfreezing(net, batches, amp, rates=[0.5**depth for depth in range(6)]),
+    ),
+    "ExactResume": Case("resnet", lambda: [ExactResume()], saves=True),
+    "ExactResume, 2 workers": Case("resnet", lambda: [ExactResume()], num_workers=2, saves=True),
+}
+
+
+def build(network: str, device: str = "cpu", **arguments: Any) -> nn.Module:
+    """A network for 10 classes, as it is measured on that kind of device, with other arguments if given."""
+    name, defaults = NETWORKS[device][network]
+    return timm.create_model(name, num_classes=10, **{**defaults, **arguments})

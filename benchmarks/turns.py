@@ -1,0 +1,266 @@
+"""Training runs that take single steps in turn, so that a slow moment of the machine hits all of them alike.
+
+Every run has a process of its own, in which it trains as it always would: warm, with its own allocator. After a few
+free steps it waits before each batch until it is told to go on, and then says how long it took from there to the next
+batch: the whole iteration, with data, hooks and logging. Only one run is ever under way.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks import loops
+from benchmarks.cases import CASES, IMAGE_SIZE, build
+from lightning_recipes.modules import ImageClassifier
+
+BY_HAND = ("plain loop", "loop with method")
+"""The variants of a case without Lightning; the others are 'plain', 'neutral' and 'recipe'."""
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports to stderr that a CPU is no GPU
+# Forked from a process that has imported everything, and has touched neither threads nor a device.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        batch: batch size.
+        steps: timed steps of a run.
+        free: steps before them.
+        bf16: bf16 autocast, on a GPU.
+    """
+
+    batch: int = 32
+    steps: int = 20
+    free: int = 4
+    bf16: bool = False
+
+
+# -- in the process of a run -----------------------------------------------------------------------------------------
+
+
+class Turns:
+    """Waits for its turn and reports how long the last one took, in seconds."""
+
+    def __init__(self, pipe: Connection, free: int) -> None:
+        self.pipe, self.free, self.started = pipe, free, None
+
+    def __call__(self) -> None:
+        if self.free > 0:
+            self.free -= 1
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.started is None:
+            gc.disable()  # it collects at any time; here between turns
+            gc.freeze()
+        self.pipe.send(None if self.started is None else time.perf_counter() - self.started)
+        gc.collect(1)
+        try:
+            self.pipe.recv()
+        except EOFError:
+            os._exit(1)  # nobody measures any more
+        self.started = time.perf_counter()
+
+
+class StepTurns(pl.Callback):
+    """One turn a training step."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.turns()
+
+
+class SaveTurns(Checkpoint):
+    """After the second batch, writes a checkpoint a turn, over the last one.
+
+    Attributes:
+        size: of the last one, in bytes.
+    """
+
+    def __init__(self, turns: Turns, times: int) -> None:
+        self.turns, self.times, self.size = turns, times, 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, out: Any, batch: Any, i: int) -> None:
+        if i != 1:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "last.ckpt"
+            for _ in range(self.times):
+                self.turns()
+                trainer.save_checkpoint(path)
+            self.turns()
+            self.size = path.stat().st_size
+
+
+Task = Literal["steps", "saves", "memory"]
+
+
+def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connection) -> None:
+    """Train one variant of a case; the target of a process.
+
+    Says at its end, for the task 'saves', the size of a checkpoint, and for 'memory' the peak; both in bytes.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    case, turns = CASES[name], Turns(pipe, settings.free)
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, size = build(case.network, device.type), IMAGE_SIZE[device.type]
+    steps = settings.free + settings.steps + 1 if task == "steps" else 3
+    images = torch.rand(steps * settings.batch, 3, size, size)
+    data = TensorDataset(images, torch.randint(10, (len(images),)))
+    start = "fork" if case.num_workers else None  # not this process's own way, which would import everything again
+    loader = DataLoader(data, settings.batch, num_workers=case.num_workers, multiprocessing_context=start)
+    saves = SaveTurns(turns, settings.free + settings.steps)
+
+    def train() -> None:
+        if variant in BY_HAND:
+            amp = partial(torch.autocast, device.type, torch.bfloat16) if settings.bf16 else nullcontext
+            method = loops.plain if variant == "plain loop" else case.loop
+            method(net.to(device), before_each(loader, device, turns if task == "steps" else None), amp)
+            return
+        callbacks = {"plain": list, "neutral": case.neutral, "recipe": case.recipes}[variant]()
+        clocks = {"steps": [StepTurns(turns)], "saves": [saves], "memory": []}[task]
+        trainer = pl.Trainer(
+            max_epochs=1,
+            callbacks=[*callbacks, *clocks],
+            devices=1,
+            precision="bf16-mixed" if settings.bf16 else "32-true",
+            logger=False,
+            enable_checkpointing=task == "saves",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(ImageClassifier(net), loader)
+
+    if task == "memory":
+        pipe.send(peak_bytes(net, train))
+    else:
+        train()
+        pipe.send(saves.size)
+
+
+def before_each(batches: DataLoader, device: torch.device, turns: Callable[[], None] | None) -> loops.Batches:
+    """The batches on the device, one a turn."""
+    for batch in batches:
+        if turns is not None:
+            turns()
+        yield tuple(part.to(device, non_blocking=True) for part in batch)
+
+
+def peak_bytes(net: nn.Module, job: Callable[[], None]) -> int:
+    """The most bytes that tensors held while `job` ran, the network's weights among them.
+
+    Exact on both kinds of device, other than a resident set, which holds what the allocator keeps and the interpreter:
+    the CUDA allocator's own count, or on a CPU the sum over every allocation and release, which the profiler sees.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        job()
+        return torch.cuda.max_memory_allocated()
+    weights = [*net.parameters(), *net.buffers()]
+    live = peak = sum(t.untyped_storage().nbytes() for t in weights)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        job()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+# -- in the process that measures ------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training run in a process of its own."""
+
+    def __init__(self, name: str, variant: str, task: Task, settings: Settings) -> None:
+        self.name = f"{name}, {variant}"
+        self.pipe, theirs = _FORKS.Pipe()
+        self.process = _FORKS.Process(target=run, args=(name, variant, task, settings, theirs))
+        self.process.start()
+        theirs.close()
+
+    def turn(self) -> float:
+        """Let it take one turn; its seconds."""
+        self.pipe.send(None)
+        return self.hear()
+
+    def hear(self) -> Any:
+        """What it says next.
+
+        Raises:
+            RuntimeError: when it ended instead; its traceback stands on stderr.
+        """
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the run of {self.name} ended early") from None
+
+    def end(self) -> Any:
+        """Let it run to its end; what it says then."""
+        self.pipe.send(None)
+        said = self.hear()
+        self.process.join()
+        return said
+
+
+def block(
+    name: str, variants: Sequence[str], task: Task, settings: Settings, seed: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """All variants of a case, each in a fresh process, in turns.
+
+    Returns:
+        the seconds of every turn by variant, the i-th of all close together; and what the runs said at their end.
+    """
+    runs: dict[str, Run] = {}
+    try:
+        for variant in variants:
+            runs[variant] = Run(name, variant, task, settings)
+            runs[variant].hear()  # it has done its free steps and waits
+        seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+        order, shuffle = list(variants), random.Random(seed)
+        for _ in range(settings.steps):
+            last = order[-1]
+            shuffle.shuffle(order)
+            if order[0] == last:  # nobody steps twice in a row, with its weights still in the caches
+                order.reverse()
+            for variant in order:
+                seconds[variant].append(runs[variant].turn())
+        return seconds, {variant: each.end() for variant, each in runs.items()}
+    finally:
+        for each in runs.values():
+            each.process.kill()
+
+
+def peak(name: str, variant: str, settings: Settings) -> int:
+    """Peak bytes of a few steps of one variant, in a fresh process."""
+    return Run(name, variant, "memory", settings).end()

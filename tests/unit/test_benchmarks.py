@@ -1,0 +1,286 @@
+"""The benchmark's hand-written loops train as the recipes do, and its measurements measure what they say."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import multiprocessing
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import __main__ as command
+from benchmarks import cases, loops, turns
+from benchmarks.cases import CASES, build
+from benchmarks.turns import Settings
+from lightning_recipes.core.step import Step
+from lightning_recipes.modules import ImageClassifier
+from tests.stock import Watch, loader, quiet
+
+TINY = {
+    "resnet": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
+    "vit": {"img_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2},
+}
+STEPS, BATCH, SIZE = 4, 8, 16
+BY_HAND = [name for name, case in CASES.items() if case.loop is not None]
+
+
+def data(steps=STEPS):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(steps * BATCH, 3, SIZE, SIZE, generator=generator)
+    return loader(x, torch.arange(len(x)) % 10, size=BATCH)
+
+
+def net(name):
+    torch.manual_seed(0)
+    return build(name, **TINY[name])
+
+
+# -- the loops by hand -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """Random starts are the same in a recipe and in a loop; when called, they begin anew."""
+
+    def begin():
+        generator = torch.Generator().manual_seed(1)
+        monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape, generator=generator))
+
+    monkeypatch.setattr(Step, "uniform", lambda self, recipe, seed, stream, like: torch.rand_like(like))
+    return begin
+
+
+def first_adapters(recipes, into):
+    """Keeps A of every projection as the fit begins, those of a group stacked."""
+
+    def keep(trainer, module):
+        for recipe in recipes:
+            if getattr(recipe, "adapters", None) is not None:
+                into.extend(torch.cat([a.detach().clone() for a in group]) for _, group, _ in recipe.adapters.pairs())
+
+    return Watch(on_train_start=keep)
+
+
+def adapters_of(trained):
+    return [layer for layer in trained.modules() if isinstance(layer, loops.LoRA)]
+
+
+def folded(trained):
+    """The state dict with adapters folded into the layers that they stand on."""
+    trained = copy.deepcopy(trained)
+    for part in list(trained.modules()):
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, loops.LoRA):
+                with torch.no_grad():
+                    for role in layer.a:
+                        layer.weight(role).add_(layer.scale * layer.b[role] @ layer.a[role])
+                setattr(part, name, layer.fused)
+    return trained.state_dict()
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_loop_by_hand_ends_with_the_weights_of_the_recipe(name, same_noise, monkeypatch):
+    case, start = CASES[name], net(CASES[name].network)
+    module, recipes, adapters = ImageClassifier(copy.deepcopy(start)), case.recipes(), []
+    same_noise()
+    quiet(callbacks=[*recipes, first_adapters(recipes, adapters)]).fit(module, data())
+
+    with_lora = loops.with_lora
+
+    def with_the_same_lora(*args, **kwargs):
+        adapted = with_lora(*args, **kwargs)
+        places = [a for layer in adapters_of(adapted) for a in layer.a.values()]
+        for place, a in zip(places, adapters, strict=True):
+            place.data.copy_(a)
+        return adapted
+
+    monkeypatch.setattr(loops, "with_lora", with_the_same_lora)
+    by_hand = copy.deepcopy(start)
+    same_noise()
+    case.loop(by_hand, data(), loops.nullcontext)
+
+    expected, found, before = module.net.state_dict(), folded(by_hand), start.state_dict()
+    assert found.keys() == expected.keys()
+    moved = [key for key in expected if not torch.equal(expected[key], before[key])]
+    assert moved and moved == [key for key in found if not torch.equal(found[key], before[key])]
+    for key in moved:
+        assert torch.allclose(found[key], expected[key], rtol=1e-6, atol=1e-7), key
+
+
+def test_what_the_loops_add_to_plain_training_acts_on_the_data_of_these_tests(same_noise):
+    """Else a loop that leaves it out would end with the same weights."""
+
+    def train(loop, network, **arguments):
+        same_noise()
+        torch.manual_seed(0)
+        trained = network()
+        loop(trained, data(), **arguments)
+        return torch.cat([p.detach().flatten() for p in trained.parameters()])
+
+    def resnet():
+        return net("resnet")
+
+    def vit():
+        return loops.with_lora(net("vit"), "qv", rank=2, groups=2)
+
+    for loop, network, off in (
+        (loops.aaer, resnet, {"lambda1": 0.0}),
+        (loops.aaer, resnet, {"project": False}),
+        (loops.pego, vit, {"weight": 0.0}),
+        (loops.glad, vit, {"mix": 0.0}),
+    ):
+        assert (train(loop, network) - train(loop, network, **off)).abs().max() > 1e-4, off
+
+
+def test_orthogonality_by_hand_has_the_numbers_of_the_card():
+    """W = [[1, 0], [0, 3]], D_1 = [[1, 0], [0, 0]], D_2 = [[0, 1], [0, 1]]: preserve 1 + 6, diversify 0."""
+    fused = nn.Linear(2, 6)
+    layer = loops.LoRA(fused, "q", rank=1, groups=2, scale=1.0)
+    with torch.no_grad():
+        fused.weight[:2] = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+        layer.a["q"].copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        layer.b["q"].copy_(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    assert loops.orthogonality(layer, "q").item() == 7
+    with torch.no_grad():
+        layer.a["q"][0, 1] = 1.0  # D_1 = [[1, 1], [0, 0]]: D_1 D_2^T = [[1, 1], [0, 0]]; W D_1^T = [[1, 0], [3, 0]]
+    assert loops.orthogonality(layer, "q").item() == 4 + 6 + 2
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Networks that are trained in no time, and a garbage collector as it was."""
+    networks = {
+        name: (cases.NETWORKS["cpu"][name][0], {**cases.NETWORKS["cpu"][name][1], **TINY[name]}) for name in TINY
+    }
+    monkeypatch.setitem(cases.NETWORKS, "cpu", networks)
+    monkeypatch.setitem(turns.IMAGE_SIZE, "cpu", SIZE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def told(turns_ahead):
+    """A pipe whose other end has said in advance to go on."""
+    ours, theirs = multiprocessing.Pipe()
+    for _ in range(turns_ahead):
+        ours.send(None)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("variant", ["plain loop", "loop with method", "plain", "neutral", "recipe"])
+def test_a_run_takes_as_many_turns_as_it_was_told_and_then_ends(variant, tiny):
+    ours, theirs = told(10)
+    turns.run("ProgressiveUnfreezing, all", variant, "steps", Settings(batch=2, steps=3, free=2), theirs)
+    ready, *seconds, last = (ours.recv() for _ in range(1 + 3 + 1))
+    assert (ready, last) == (None, 0) and all(0 < each < 10 for each in seconds)
+    taken = 10
+    while theirs.poll():
+        theirs.recv()
+        taken -= 1
+    assert taken == 3 + 1 and not ours.poll()  # the last is the permission to end
+
+
+@pytest.mark.parametrize("name", ["AAER", "PEGO", "GLAD"])
+def test_runs_in_bf16_compute_in_bf16(name, tiny, monkeypatch):
+    outputs, plain = set(), nn.Linear.forward
+
+    def forward(layer, x):
+        out = plain(layer, x)
+        outputs.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    for variant in ("loop with method", "recipe"):
+        outputs.clear()
+        _, theirs = told(2)
+        turns.run(name, variant, "steps", Settings(batch=2, steps=1, free=1, bf16=True), theirs)
+        assert outputs == {torch.bfloat16}, variant
+
+
+def test_a_run_that_saves_says_how_large_a_checkpoint_is(tiny):
+    sizes = {}
+    for variant in ("plain", "recipe"):
+        ours, theirs = told(2)
+        turns.run("ExactResume", variant, "saves", Settings(batch=2, steps=1, free=0), theirs)
+        ready, seconds, sizes[variant] = (ours.recv() for _ in range(3))
+        assert ready is None and seconds > 0
+    weights = sum(p.nbytes for p in net("resnet").parameters())
+    assert 3 * weights < sizes["plain"] < sizes["recipe"] < 3 * weights + 2**20  # AdamW keeps two of each
+
+
+def test_peak_bytes_counts_the_weights_and_what_was_held_at_once():
+    part = nn.BatchNorm1d(1000)
+    own = 4 * 4 * 1000 + 8  # weight, bias, mean, variance; and a counter
+
+    def job():
+        first = torch.zeros(3000)
+        del first
+        held = [torch.zeros(2000), torch.zeros(2000)]
+        held.pop()
+        held.append(torch.zeros(100))
+
+    if torch.cuda.is_available():
+        pytest.skip("counts on the CPU")
+    assert turns.peak_bytes(part, job) == own + 4 * 4000
+
+
+def test_peak_memory_says_what_unfreezing_saves(tiny):
+    peaks = {}
+    for variant in ("plain", "recipe", "loop with method"):
+        ours, theirs = told(0)
+        turns.run("ProgressiveUnfreezing, head", variant, "memory", Settings(batch=2), theirs)
+        peaks[variant] = ours.recv()
+    weights = sum(p.nbytes for p in net("resnet").parameters())
+    assert peaks["plain"] - peaks["recipe"] > 3 * 0.9 * weights  # no gradients and no state of AdamW but the head's
+    assert peaks["loop with method"] == pytest.approx(peaks["recipe"], rel=0.1)
+
+
+def test_a_slow_moment_that_hits_a_whole_round_does_not_show_in_the_factors():
+    quiet_round = {"plain loop": 1.0, "loop with method": 2.0, "plain": 1.1, "neutral": 1.1, "recipe": 2.2}
+    slow = [1, 5, 1, 3, 1]
+    seconds = {variant: [t * factor for factor in slow] for variant, t in quiet_round.items()}
+    expected = {"Lightning": 1.1, "neutral": 1, "recipe": 2, "by hand": 2, "recipe/by hand": 1}
+    for factor, value in expected.items():
+        assert command.paired(seconds, command.FACTORS[factor][1]) == pytest.approx(value)
+    assert command.paired(seconds, command.FACTORS["own ms"][1]) == pytest.approx(1e3 * (2.2 - 1.1 - 2 + 1))
+
+
+def test_the_command_prints_tables_and_writes_json(tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def block(name, variants, task, settings, seed):
+        seen.append((name, task, seed))
+        return {v: [0.1 * (1 + seed), 0.1] for v in variants}, {v: 2048 * len(v) for v in variants}
+
+    monkeypatch.setattr(command, "block", block)
+    monkeypatch.setattr(command, "peak", lambda name, variant, settings: 2**20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "bench.json"
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "glad", "exactresume", "--blocks", "2", "--markdown", "--json", str(out)]
+    )
+    command.main()
+    results, printed = json.loads(out.read_text()), capsys.readouterr().out
+    names = [name for name in CASES if name.startswith(("GLAD", "ExactResume"))]
+    assert [row["case"] for row in results["speed"]] == [row["case"] for row in results["memory"]] == names
+    assert [row["case"] for row in results["checkpoint"]] == ["ExactResume", "ExactResume, 2 workers"]
+    assert ("GLAD", "steps", 1) in seen and ("ExactResume", "saves", 0) in seen and ("GLAD", "saves", 0) not in seen
+    glad = next(row for row in results["speed"] if row["case"] == "GLAD")
+    assert glad["factors"]["recipe"] == {"median": 1, "lowest": 1, "highest": 1} and "neutral" not in glad["factors"]
+    rows = [line for line in printed.splitlines() if line.startswith("| GLAD ")]
+    assert len(rows) == 2 and "1.000 ±0.000" in rows[0] and all(row.endswith(" |") for row in rows)
+
+
+def test_a_name_of_no_case_is_an_error_that_lists_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "nonsense"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "nonsense" in (error := capsys.readouterr().err) and "PEGO" in error
