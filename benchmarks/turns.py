@@ -242,12 +242,13 @@ def block(
         the seconds of every turn by variant, the i-th of all close together; and what the runs said at their end.
     """
     runs: dict[str, Run] = {}
+    first = seed % len(variants)
+    order, shuffle = [*variants[first:], *variants[:first]], random.Random(seed)
     try:
-        for variant in variants:
+        for variant in order:
             runs[variant] = Run(name, variant, task, settings)
             runs[variant].hear()  # it has done its free steps and waits
         seconds: dict[str, list[float]] = {variant: [] for variant in variants}
-        order, shuffle = list(variants), random.Random(seed)
         for _ in range(settings.steps):
             last = order[-1]
             shuffle.shuffle(order)
