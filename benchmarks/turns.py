@@ -151,6 +151,7 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
         trainer = pl.Trainer(
             max_epochs=1,
             callbacks=[*callbacks, *clocks],
+            accelerator=device.type,
             devices=1,
             precision="bf16-mixed" if settings.bf16 else "32-true",
             logger=False,

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_recipes.core.errors import RecipeError
@@ -124,8 +125,30 @@ class FusedProjections(nn.Module):
         for i, role in enumerate(ROLES):
             projection = getattr(self, role)
             if not isinstance(projection, RowSlice):
-                parts[i] = parts[i] + projection(x).to(fused.dtype)
+                parts[i] = parts[i] + _update(projection, x).to(fused.dtype)
         return torch.cat(parts, -1)
+
+
+def _update(projection: nn.Module, x: Tensor) -> Tensor:
+    """What a peft layer over a :class:`RowSlice` adds: the sum over its active adapters of s B A x.
+
+    peft runs one adapter after the other; several plain ones with one scale are the same sum as one of all their ranks.
+    """
+    names = projection.active_adapters
+    plain = not (
+        projection.disable_adapters
+        or projection.merged
+        or projection.lora_variant
+        or any(projection.lora_bias.values())
+    )
+    if len(names) < 2 or not plain or not isinstance(projection.lora_A, nn.ModuleDict):
+        return projection(x)
+    scales = {projection.scaling[name] for name in names}
+    if len(scales) > 1 or any(not isinstance(projection.lora_dropout[name], nn.Identity) for name in names):
+        return projection(x)
+    a = torch.cat([projection.lora_A[name].weight for name in names])
+    b = torch.cat([projection.lora_B[name].weight for name in names], 1)
+    return scales.pop() * F.linear(F.linear(x.to(a.dtype), a), b)
 
 
 class PackedProjections(nn.Module):

@@ -6,8 +6,8 @@ accumulation window under way; running averages of what was logged and the state
 are no part of the state dict, or differ between ranks. And the place in Lightning's loops: an epoch that was cut off
 after its last step is finished, with its validation, its epoch-end hooks and its plateau schedulers.
 
-It costs nothing in a training step but what torchdata's loader costs where there are workers, and a few kilobytes a
-rank in a checkpoint. A checkpoint in the middle of an accumulation window also holds every rank's gradients.
+It costs nothing in a training step but what torchdata's loader costs where there are workers, and some 50 kB a rank
+in a checkpoint, random states most of it. A checkpoint in the middle of an accumulation window also holds every rank's gradients.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ExactResume(Recipe):
     use_when = (
         "runs that may be killed (preemption, time limits, crashes), and whenever a resumed run must be the same run"
     )
-    costs = "nothing in a step; a few kilobytes a rank in a checkpoint, and gradients where one falls into a window"
+    costs = "nothing in a step; some 50 kB a rank in a checkpoint, and gradients where one falls into a window"
 
     def __init__(self) -> None:
         self._plan: Plan | None = None
