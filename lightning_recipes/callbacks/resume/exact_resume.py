@@ -7,7 +7,8 @@ are no part of the state dict, or differ between ranks. And the place in Lightni
 after its last step is finished, with its validation, its epoch-end hooks and its plateau schedulers.
 
 It costs nothing in a training step but what torchdata's loader costs where there are workers, and some 50 kB a rank
-in a checkpoint, random states most of it. A checkpoint in the middle of an accumulation window also holds every rank's gradients.
+in a checkpoint, random states most of it. A checkpoint in the middle of an accumulation window also holds every rank's
+gradients.
 """
 
 from __future__ import annotations
