@@ -23,7 +23,11 @@ Amp = Callable[[], AbstractContextManager]
 
 def plain(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None:
     """Cross-entropy on whatever requires a gradient."""
-    optimizer = AdamW(trained(net))
+    descend(net, AdamW(trained(net)), batches, amp)
+
+
+def descend(net: nn.Module, optimizer: AdamW, batches: Batches, amp: Amp) -> None:
+    """One pass over the batches."""
     net.train()
     for x, y in batches:
         with amp():
@@ -208,11 +212,4 @@ def unfreezing(net: nn.Module, batches: Batches, amp: Amp = nullcontext, rates: 
     for names, rate in zip(RESNET_GROUPS, rates):
         parameters = [p for name in names for p in net.get_submodule(name).requires_grad_(True).parameters()]
         groups.append({"params": parameters, "lr": 1e-3 * rate})
-    optimizer = AdamW(groups)
-    net.train()
-    for x, y in batches:
-        with amp():
-            loss = F.cross_entropy(net(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    descend(net, AdamW(groups), batches, amp)

@@ -20,7 +20,8 @@ from lightning_recipes.core.recipe import plain
 _SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 _META = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
 _META += ("dataloader_idx", "metric_attribute")
-_COUNTED = ("value", "cumulated_batch_size", "has_reset", "_update_count", "_computed", "_forward_cache")
+_COUNTS = ("_update_count", "_computed", "_forward_cache")  # what any metric keeps beside its states
+_COUNTED = ("value", "cumulated_batch_size", "has_reset", *_COUNTS)
 
 
 def logged(trainer: pl.Trainer) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def metric_states(module: nn.Module) -> dict[str, Any]:
     return {
         name: {
             "states": {key: _copy(getattr(metric, key)) for key in metric._defaults},
-            "counts": plain({key: metric.__dict__[key] for key in _COUNTED[3:] if key in metric.__dict__}),
+            "counts": plain({key: metric.__dict__[key] for key in _COUNTS if key in metric.__dict__}),
         }
         for name, metric in module.named_modules()
         if isinstance(metric, Metric)

@@ -46,7 +46,8 @@ VALIDATION, EPOCH = "on_validation_start", "on_train_epoch_end"
 def process(run: Callable[[int], None], folder: Path, name: str, ranks: int = 1) -> list[int]:
     """Run in new processes, one a rank; return their exit statuses, a negative one for a signal.
 
-    When one of several ranks dies the others are killed too, as a launcher does.
+    When one of several ranks dies the others are killed too, as a launcher does. What they raise because a rank was
+    killed is no error of theirs and is not kept.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,13 +66,20 @@ def process(run: Callable[[int], None], folder: Path, name: str, ranks: int = 1)
                 os._exit(1)
             os._exit(0)
         children[child] = rank
-    statuses = [0] * ranks
+    statuses, over, killed = [0] * ranks, False, False
     while children:
-        child, status = os.wait()
-        statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
-        if status:
-            for other in children:
-                os.kill(other, signal.SIGKILL)
+        ended = [os.wait()]
+        if ended[0][1]:  # others may have ended of it before anybody looked
+            others = [os.waitpid(child, os.WNOHANG) for child in children if child != ended[0][0]]
+            ended += [each for each in others if each[0]]
+        for child, status in ended:
+            statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
+        if any(status for _, status in ended) and not over:
+            over, killed = True, -signal.SIGKILL in statuses  # by its own hand: ours comes now
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+    for rank in range(ranks if killed else 0):
+        (folder / f"{name}.rank{rank}.error").unlink(missing_ok=True)
     return statuses
 
 

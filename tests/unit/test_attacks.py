@@ -232,21 +232,3 @@ def test_a_test_run_is_measured_too():
     trainer = quiet(callbacks=[RobustAccuracyMonitor(attack="fgsm")])
     trainer.test(Tests(), loader(x, y), verbose=False)
     assert "robust_accuracy/fgsm" in trainer.callback_metrics
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"attack": "cw"}, "attack must be 'fgsm', 'pgd' or 'autoattack'; got 'cw'"),
-        ({"epsilon": 0}, "epsilon must be"),
-        ({"epsilon": 8, "mean": [0.5], "std": [0.5]}, "epsilon must be"),
-        ({"steps": 0}, "steps must be at least 1"),
-        ({"restarts": 0}, "restarts must be at least 1"),
-        ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
-        ({"limit_batches": 0}, "limit_batches must be at least 1"),
-        ({"mean": [0.5]}, "mean and std go together"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(RecipeError, match=message):
-        RobustAccuracyMonitor(**arguments)

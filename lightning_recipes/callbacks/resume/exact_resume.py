@@ -125,7 +125,9 @@ class ExactResume(Recipe):
         return {
             "place": place,
             "should_stop": trainer.should_stop,
-            "modes": dict(modes) if modes else {name: part.training for name, part in _parts(self._plan)},
+            "modes": dict(modes)
+            if modes
+            else {name: part.training for name, part in self._plan.module.named_modules()},
             "reloaded": [fit._last_train_dl_reload_epoch, fit.epoch_loop.val_loop._last_val_dl_reload_epoch],
             "saves": saves,
         }
@@ -185,7 +187,7 @@ class ExactResume(Recipe):
                 if name in mine["gradients"]:
                     parameter.grad = mine["gradients"][name].to(parameter.device)
         self._plan.gradients.load_state(mine["window"])
-        for name, part in _parts(self._plan):
+        for name, part in module.named_modules():
             part.training = shared["modes"].get(name, part.training)
         for each in self._others():
             if mine.get("callbacks", {}).get(each.state_key):
@@ -201,10 +203,6 @@ class ExactResume(Recipe):
         self._data.settle(mine["held"])
         random.restore(mine["random"])
         self._mine, self._shared = {}, {}
-
-
-def _parts(plan: Plan) -> Any:
-    return plan.module.named_modules()
 
 
 def _own_buffers(module: torch.nn.Module) -> dict[str, Tensor]:
