@@ -69,7 +69,8 @@ def process(run: Callable[[int], None], folder: Path, name: str, ranks: int = 1)
     statuses, over, killed = [0] * ranks, False, False
     while children:
         ended = [os.wait()]
-        if ended[0][1]:  # others may have ended of it before anybody looked
+        if ended[0][1] and not over:  # it may have ended of another's death, which takes its time to be seen
+            time.sleep(0.2)
             others = [os.waitpid(child, os.WNOHANG) for child in children if child != ended[0][0]]
             ended += [each for each in others if each[0]]
         for child, status in ended:
