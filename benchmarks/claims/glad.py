@@ -97,7 +97,7 @@ def run(seed: int, **arguments: Any) -> Metrics:
             partial(AdamW, lr=5e-3),
             callbacks=[recipe],
         )
-        along, worst = sharpness(net, list(recipe.adapters.made.values()), x[shots], y[shots])
+        along, worst = sharpness(net, list(recipe.operation.made.values()), x[shots], y[shots])
         return {"accuracy": accuracy(net, x[test], y[test]), "sharpness": along, "worst": worst}
 
 

@@ -46,6 +46,16 @@ class Claim:
     weight_decay: Mapping[str, float] = field(default_factory=dict)
     changes: bool = False
 
+    def joined(self, other: Claim) -> Claim:
+        """Both claims of one recipe as one; where both name a parameter's rate or decay, the other's counts."""
+        return Claim(
+            self.frozen | other.frozen,
+            self.thawed | other.thawed,
+            {**self.lr_scale, **other.lr_scale},
+            {**self.weight_decay, **other.weight_decay},
+            self.changes or other.changes,
+        )
+
 
 class ParameterTable:
     """All claims of a Trainer's recipes on the parameters of its module.

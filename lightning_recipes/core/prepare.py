@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_recipes.core.distributed import check_strategy
@@ -28,7 +29,7 @@ from lightning_recipes.core.parameters import Claim, ParameterTable, user_flags
 from lightning_recipes.core.patch import Patch
 from lightning_recipes.core.reentry import what_a_resume_loses
 from lightning_recipes.core.step import StepSocket
-from lightning_recipes.core.surgery import Adapters, AdapterSpec, carries_adapters, inject, structure_of
+from lightning_recipes.core.surgery import Operation, Surgery, as_structure, rebuilt, stored_in
 
 if TYPE_CHECKING:
     from lightning_recipes.core.recipe import Recipe, StepRecipe
@@ -68,6 +69,11 @@ class Plan:
         self._session.gradients.add(self._recipe, edit, when)
         self._session.edits.append(self._recipe)
 
+    def after_step(self, edit: Callable[[Optimizer], None]) -> None:
+        """Edit the weights in place right after every true optimizer step; one that fp16 skips is none."""
+        self._session.gradients.after_step(self._recipe, edit)
+        self._session.edits.append(self._recipe)
+
     def replay_window(
         self, edit: Callable[[Optimizer, Window], None], run: Callable[[Any], Tensor] | None = None
     ) -> None:
@@ -76,12 +82,12 @@ class Plan:
         self._session.gradients.replay_window(self._recipe, edit, run)
         self._session.edits.append(self._recipe)
 
-    def adapters(self, spec: AdapterSpec) -> None:
-        """Put LoRA adapters into the module; everything else but ``spec.train_fully`` is frozen while they are there.
+    def surgery(self, spec: Surgery) -> None:
+        """Have parts of the network replaced or added; what it came to is the recipe's ``operation``.
 
-        In validate, test and predict they are built from the checkpoint, where it has them.
+        In validate, test and predict it is carried out as the checkpoint describes it, where it does.
         """
-        self._session.specs[self._recipe] = spec
+        self._session.surgeries[self._recipe] = spec
 
     def parameters(self, claim: Callable[[], Claim]) -> None:
         """Claim parameters; the claim is asked for after surgery, when all names are final."""
@@ -89,7 +95,7 @@ class Plan:
 
     def change_parameters(self, claim: Claim) -> None:
         """Claim anew during the fit: at an optimizer-step boundary and at the same one on all ranks."""
-        self._session.parameters.claim(self._recipe, claim)
+        self._session.claim(self._recipe, claim)
 
     def install(self, part: Part) -> None:
         """Have a part of the fit's machinery put on for the length of the fit."""
@@ -121,9 +127,11 @@ class Session:
         self.edits: list[Recipe] = []
         self.parts: list[Part] = []
         self.keeps_place = False
-        self.specs: dict[Recipe, AdapterSpec] = {}
+        self.surgeries: dict[Recipe, Surgery] = {}
         self.claims: dict[Recipe, Callable[[], Claim]] = {}
-        self.adapters: dict[Recipe, Adapters] = {}
+        self.operations: dict[Recipe, Operation] = {}
+        self._named_then: dict[Recipe, dict[str, Parameter]] = {}  # right after each operation
+        self.around: dict[Recipe, Claim] = {}  # what each operation wants of the parameters
         self.gradients = GradientSocket(trainer, module)
         self.parameters: ParameterTable  # made when the network exists
         self._undo = ExitStack()
@@ -209,7 +217,7 @@ class Session:
             with speaking_for(*active):
                 check_strategy(self.trainer)
                 self._check_step_signature()
-                self._check_structure(sections, active)
+                self._check_structure(checkpoint, active)
             _check_pairs(active, self.trainer)
         plans = {recipe: Plan(self, recipe, sections.get(recipe.state_key)) for recipe in active}
         for recipe, plan in plans.items():
@@ -228,58 +236,65 @@ class Session:
             raise
 
     def _operate(self, plans: Mapping[Recipe, Plan], resumes: bool) -> None:
-        for recipe, spec in self.specs.items():
-            stored = structure_of(plans[recipe].section)
+        for recipe, spec in self.surgeries.items():
+            name, stored = type(recipe).__name__, stored_in(plans[recipe].section)
             if not self.fitting:
-                spec = stored
-                if spec is None or carries_adapters(self.module):
-                    continue  # nothing to load into adapters, or they are in place: the module is what it is
+                if stored is None or spec.present(self.module):
+                    continue  # nothing to build for, or it is in place: the module is what it is
             elif resumes and plans[recipe].section is None:
-                name = type(recipe).__name__
                 raise RecipeError(
-                    f"{name}: the checkpoint was written without {name} and holds no adapters to resume. Load its"
+                    f"{name}: the checkpoint was written without {name} and holds no {spec.what} to resume. Load its"
                     f" weights into the module and start a new fit, or resume without {name}"
                 )
             elif resumes and stored is None:
                 raise RecipeError(
-                    f"{type(recipe).__name__}: the checkpoint holds merged weights (it was written after the fit ended)"
-                    "; there are no adapters to resume. Load its weights into the module and start a new fit"
+                    f"{name}: the checkpoint was written after the fit ended and holds stock weights; there is no"
+                    f" {spec.what} to resume. Load its weights into the module and start a new fit"
                 )
-            if self.adapters:
-                other = type(next(iter(self.adapters))).__name__
-                raise RecipeError(
-                    f"{other} and {type(recipe).__name__} both adapt the module's layers; use one of them"
-                )
+            rival = next((r for r in self.operations if spec.on_weights and self.surgeries[r].on_weights), None)
+            if rival is not None:
+                raise RecipeError(f"{type(rival).__name__} and {name} both adapt the module's layers; use one of them")
             with speaking_for(recipe):
-                adapters = self.adapters[recipe] = inject(self.module, spec)
-            recipe.adapters, recipe._structure = adapters, spec.as_structure()
-            self._undo.callback(self._finish_surgery, recipe, adapters)
-            if self.fitting:
-                self._freeze_around(recipe, adapters)
+                operation = (spec if stored is None else rebuilt(spec, stored)).operate(self.module)
+            self.operations[recipe] = recipe.operation = operation
+            self._named_then[recipe] = dict(self.module.named_parameters())
+            recipe._structure = as_structure(operation.spec)
+            self._undo.callback(self._finish_surgery, recipe, operation)
+        if self.fitting and self.operations:
+            self._claim_around()
 
-    def _finish_surgery(self, recipe: Recipe, adapters: Adapters) -> None:
+    def _finish_surgery(self, recipe: Recipe, operation: Operation) -> None:
         keep = self._fit_started and not getattr(recipe, "merge_on_end", True)
         if not keep:
-            adapters.remove(merge=True)
+            operation.remove(merge=True)
             recipe._structure = None
 
-    def _freeze_around(self, recipe: Recipe, adapters: Adapters) -> None:
-        """The base stays frozen under its adapters; the parts that train fully must be the user's to train."""
+    def _claim_around(self) -> None:
+        """What each operation wants of the parameters; the parts that train beside it must be the user's to train."""
         names = dict(self.module.named_parameters())
-        stuck = [n for n in adapters.kept_whole if n in names and not self.parameters._user_trains(n, names[n])]
-        if stuck:
-            raise RecipeError(
-                f"{type(recipe).__name__}: {stuck[0]!r} is to train beside the adapters (train_fully) and the module"
-                " froze it; unfreeze it or leave it out of train_fully"
+        now = {id(p): name for name, p in names.items()}
+        made = {now[id(p)] for operation in self.operations.values() for p in operation.made.values()}
+        for recipe, operation in self.operations.items():
+            # A later operation may have moved the parts of an earlier one to other names.
+            moved = {name: now[id(p)] for name, p in self._named_then[recipe].items() if id(p) in now}
+            kept = [moved[name] for name in operation.kept_whole or () if name in moved]
+            stuck = [name for name in kept if not self.parameters._user_trains(name, names[name])]
+            if stuck:
+                raise RecipeError(
+                    f"{type(recipe).__name__}: {stuck[0]!r} is to train beside the {operation.spec.what} (train_fully)"
+                    " and the module froze it; unfreeze it or leave it out of train_fully"
+                )
+            self.around[recipe] = Claim(
+                frozenset() if operation.kept_whole is None else frozenset(names) - made - set(kept),
+                lr_scale={moved[name]: scale for name, scale in operation.lr_scale.items()},
+                weight_decay={moved[name]: decay for name, decay in operation.weight_decay.items()},
             )
-        kept = set(adapters.made) | set(adapters.kept_whole)
-        base = Claim(frozen=frozenset(names) - kept)
-        self.claims[recipe] = lambda: base
+            self.claims.setdefault(recipe, Claim)
 
     def _attach(self) -> None:
         for recipe, claim in self.claims.items():
             with speaking_for(recipe):
-                self.parameters.claim(recipe, claim())
+                self.claim(recipe, claim())
         if self.parameters.claimed:
             with speaking_for(*self.claims):
                 self.parameters.install(self._undo)
@@ -289,30 +304,39 @@ class Session:
         for part in self.parts:
             part.install(self._undo)
 
+    def claim(self, recipe: Recipe, claim: Claim) -> None:
+        """What a recipe wants of the parameters now, beside what its surgery does."""
+        around = self.around.get(recipe)
+        self.parameters.claim(recipe, claim if around is None else around.joined(claim))
+
     def _check_step_signature(self) -> None:
         if is_param_in_hook_signature(self.module.training_step, "dataloader_iter", explicit=True):
             raise RecipeError(
                 "training_step(dataloader_iter) fetches its own batches; recipes need training_step(batch, ...)"
             )
 
-    def _check_structure(self, sections: Mapping[str, Any], active: list[Recipe]) -> None:
-        """Refuse a checkpoint with the adapters of a recipe that this run does not have."""
+    def _check_structure(self, checkpoint: Mapping[str, Any], active: list[Recipe]) -> None:
+        """Refuse a checkpoint with the surgery of a recipe that this run does not have, on a module without it."""
         here = {recipe.state_key for recipe in active}
-        for key, section in sections.items():
+        if checkpoint.get("state_dict", {}).keys() == self.module.state_dict().keys():
+            return
+        for key, section in checkpoint.get("callbacks", {}).items():
             ours = isinstance(section, Mapping) and "arguments" in section
-            if ours and key not in here and structure_of(section) and not carries_adapters(self.module):
+            if ours and key not in here and (stored := stored_in(section)):
                 raise RecipeError(
-                    f"the checkpoint holds the adapters of {key}, which is not among the Trainer's callbacks. Add it"
-                    " with the arguments of the checkpoint, or start a new fit from merged weights"
+                    f"the checkpoint holds the {stored['what']} of {key}, which is not among the Trainer's callbacks."
+                    " Add it with the arguments of the checkpoint, or start a new fit from merged weights"
                 )
 
     def on_fit_start(self, recipe: Recipe) -> None:
         """Optimizers exist, their state is not restored yet; runs once, with the first recipe's hook."""
         if self._fit_started:
             return
-        made = {name: p for adapters in self.adapters.values() for name, p in adapters.made.items()}
+        made = {name: p for operation in self.operations.values() for name, p in operation.made.items()}
         with speaking_for(*self.claims):
             self.parameters.attach(made)
+        for operation in self.operations.values():
+            operation.take_places(self.trainer.optimizers)
         for edited in self.edits:
             check_optimizers(self.trainer, edited)
         self.gradients.check_parameters()

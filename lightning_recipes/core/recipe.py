@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.prepare import Plan, Session
 from lightning_recipes.core.step import Step
+from lightning_recipes.core.surgery import Operation
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Recipe(pl.Callback):
             RecipeError: when the recipe cannot attach to this module or Trainer.
         """
 
-    _structure: dict[str, Any] | None = None  # of the adapters in place, written by core.prepare
+    operation: Operation | None = None
+    """The surgery that was declared, once it is in place."""
+    _structure: dict[str, Any] | None = None  # of the operation, as checkpoints store it; written by core.prepare
 
     # -- state -----------------------------------------------------------------------------------------------------
 

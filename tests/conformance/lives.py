@@ -32,7 +32,8 @@ from torch.utils.data import DataLoader
 from lightning_recipes.callbacks import ExactResume
 from lightning_recipes.core.errors import RecipeError
 
-from .table import EPOCHS, LIGHTNINGS_OWN, ROWS, Classifier, Lively, Row, digits, pairs, train, weights
+from .recipes import ROWS, pairs
+from .table import EPOCHS, LIGHTNINGS_OWN, Classifier, Lively, Row, digits, train, weights
 
 TWENTY, WORKERS_TOO = ("exact_resume", "pego+unfreeze+aaer"), "exact_resume"
 KILLS, LONG = 20, 30  # how often one run dies, and its epochs

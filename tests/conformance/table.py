@@ -1,4 +1,6 @@
-"""The table of recipes that every guarantee is checked over: a new recipe is one more row.
+"""A row of the table of recipes that every guarantee is checked over, and the modules that the rows train.
+
+The rows themselves stand in ``recipes/``, one file a card.
 
 The modules are written as an outsider would: they know nothing of recipes. :class:`Classifier` on data in a fixed order
 has no batch-norm and no dropout, so that two ranks can be held against one process on the same global batches.
@@ -7,7 +9,6 @@ has no batch-norm and no dropout, so that two ranks can be held against one proc
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,16 +24,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
-
-from lightning_recipes.callbacks import (
-    AAER,
-    GLAD,
-    PEGO,
-    ExactResume,
-    ProgressiveUnfreezing,
-    RobustAccuracyMonitor,
-)
-from lightning_recipes.core.schedule import At, EveryN
 
 EPOCHS, BATCH, SAMPLES = 4, 16, 64
 
@@ -152,65 +143,6 @@ class Row:
     couples: bool = False
     monitors: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
-
-
-def _unfreeze(**arguments: Any) -> ProgressiveUnfreezing:
-    return ProgressiveUnfreezing(
-        groups=["3", "2", ["0", "1"]], **{"at": (0, 1, 2), "lr_scale": (1, 0.5, 0.25), **arguments}
-    )
-
-
-def _monitor() -> RobustAccuracyMonitor:
-    return RobustAccuracyMonitor("pgd", epsilon=0.1, steps=2, restarts=1)
-
-
-ROWS = [
-    Row("aaer_rs", lambda: [AAER(0.3)], lambda: [AAER(0.0)], couples=True),
-    Row("aaer_n", lambda: [AAER(0.3, "n", lambda3=1.5)], lambda: [AAER(0.0, "n")], couples=True),
-    Row("pego", lambda: [PEGO(2, 2, 1e-3)], network=small_vit, optimizer="adamw"),
-    Row("glad", lambda: [GLAD(rank=2)], network=small_vit, optimizer="adamw"),
-    Row("glad_full", lambda: [GLAD(rank=None)], lambda: [GLAD(0.0, rank=None)], trainer={"gradient_clip_val": 0.5}),
-    Row("unfreeze", lambda: [_unfreeze()], lambda: [_unfreeze(at=(0, 0, 0), lr_scale=1.0)]),
-    Row("unfreeze_filter", lambda: [_unfreeze()], optimizer="filter"),
-    Row("unfreeze_drop", lambda: [_unfreeze(mechanism="drop_grad")]),
-    Row("unfreeze_steps", lambda: [_unfreeze(at=At((0, 2, 5), "step"))]),
-    Row("unfreeze_every", lambda: [ProgressiveUnfreezing(at=EveryN(1), lr_scale=0.5)], optimizer="adamw"),
-    Row(
-        "pego+unfreeze+aaer",
-        lambda: [PEGO(2, 2), ProgressiveUnfreezing(at=(0, 1, 2), lr_scale=(1, 1, 0.5)), AAER(0.1)],
-        network=small_vit,
-        couples=True,
-    ),
-    Row("aaer+glad", lambda: [AAER(0.1), GLAD(rank=None)], couples=True),
-    Row("unfreeze+glad", lambda: [_unfreeze(), GLAD(rank=None)]),
-    Row("robust_accuracy", lambda: [_monitor()], monitors=True),
-    Row("exact_resume", lambda: [ExactResume()], monitors=True),
-]
-
-# One setting of every recipe that runs on the same network, for the pairs.
-MEMBERS: dict[str, Callable[[], Callback]] = {
-    "ProgressiveUnfreezing": lambda: ProgressiveUnfreezing(at=(0, 1, 2), lr_scale=(1, 1, 0.5)),
-    "PEGO": lambda: PEGO(2, 2, 1e-3),
-    "AAER": lambda: AAER(0.1),
-    "GLAD": lambda: GLAD(rank=2),
-    "GLAD of all weights": lambda: GLAD(rank=None),
-    "RobustAccuracyMonitor": lambda: _monitor(),
-    "ExactResume": lambda: ExactResume(),
-}
-# The pairs that are refused, with words that the error must have. Every other pair must compose.
-REFUSED = {
-    "PEGO + GLAD": "PEGO and GLAD cannot share a Trainer: both adapt",
-    "PEGO + GLAD of all weights": "PEGO and GLAD cannot share a Trainer: both adapt",
-}
-
-
-def pairs() -> list[Row]:
-    """Every two different recipes together, in the order in which they stand in the table."""
-    return [
-        Row(f"{a} + {b}", lambda a=a, b=b: [MEMBERS[a](), MEMBERS[b]()], network=small_vit)
-        for a, b in itertools.combinations(MEMBERS, 2)
-        if a.split()[0] != b.split()[0]
-    ]
 
 
 LIGHTNINGS_OWN = Row("lightnings_own", lambda: [LightningsOwn()], optimizer="filter")

@@ -22,18 +22,16 @@ from lightning_recipes.core.recipe import Recipe, plain
 from lightning_recipes.trainer_cli import run as run_command
 
 from .lives import KILLS, TWENTY, ended, lively
+from .recipes import ROWS, pairs, refusal
 from .table import (
     BATCH,
     EPOCHS,
     LIGHTNINGS_OWN,
-    REFUSED,
-    ROWS,
     Classifier,
     ConvNet,
     Row,
     differing,
     digits,
-    pairs,
     train,
     weights,
 )
@@ -388,13 +386,14 @@ def _in_yaml(value: Any) -> Any:
 
 
 PAIRS = pairs()
-composing = pytest.mark.parametrize("row", [row for row in PAIRS if row.name not in REFUSED], ids=lambda row: row.name)
+composing = pytest.mark.parametrize("row", [row for row in PAIRS if refusal(row) is None], ids=lambda row: row.name)
 
 
-@pytest.mark.parametrize("row", [row for row in PAIRS if row.name in REFUSED], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in PAIRS if refusal(row)], ids=lambda row: row.name)
 def test_a_refused_pair_says_which_two_and_why(row: Row, lives: Path) -> None:
     refused = _of(lives, row, "refused")
-    assert REFUSED[row.name] in refused["error"]
+    assert refusal(row) in refused["error"]
+    assert all(type(recipe).__name__ in refused["error"] for recipe in row.recipes())
     assert refused["unchanged"]
 
 

@@ -60,7 +60,7 @@ def first_adapters(recipes, into):
     def keep(trainer, module):
         for recipe in recipes:
             if getattr(recipe, "adapters", None) is not None:
-                into.extend(torch.cat([a.detach().clone() for a in group]) for _, group, _ in recipe.adapters.pairs())
+                into.extend(torch.cat([a.detach().clone() for a in group]) for _, group, _ in recipe.operation.pairs())
 
     return Watch(on_train_start=keep)
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_recipes.core.adapters import Adapters, AdapterSpec
 from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.gradients import Window, global_norm, optimized, skip_if_nonfinite
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Paper, Recipe
-from lightning_recipes.core.surgery import Adapters, AdapterSpec
 
 
 def ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
@@ -89,7 +89,7 @@ class GLAD(Recipe):
     }
     free_on_resume = frozenset({"merge_on_end"})
 
-    adapters: Adapters | None = None
+    operation: Adapters | None = None
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class GLAD(Recipe):
     def declare(self, plan: Plan) -> None:
         if self.rank is not None:
             target = "qkv" if self.target_modules is None else self.target_modules
-            plan.adapters(
+            plan.surgery(
                 AdapterSpec(
                     ["glad"], self.rank, self.lora_alpha, self.lora_dropout, target, self.train_fully, self.seed
                 )
@@ -154,7 +154,7 @@ class GLAD(Recipe):
         """Replace the finished gradient by the mixture; clipping and the update see that."""
         parameters = optimized(optimizer)
         if self.params == "adapters":
-            made = {id(p) for p in self.adapters.made.values()}
+            made = {id(p) for p in self.operation.made.values()}
             parameters = [p for p in parameters if id(p) in made]
         if not parameters:
             return

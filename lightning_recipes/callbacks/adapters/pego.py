@@ -25,12 +25,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_recipes.core.adapters import Adapters, AdapterSpec
 from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Paper, StepRecipe
 from lightning_recipes.core.select import has_batch_norm
 from lightning_recipes.core.step import Step
-from lightning_recipes.core.surgery import Adapters, AdapterSpec
 
 
 class _AbsoluteSum(torch.autograd.Function):
@@ -129,7 +129,7 @@ class PEGO(StepRecipe):
     owns_training_set = True
     free_on_resume = frozenset({"merge_on_end"})
 
-    adapters: Adapters | None = None
+    operation: Adapters | None = None
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class PEGO(StepRecipe):
 
     def declare(self, plan: Plan) -> None:
         names = [f"g{i}" for i in range(self.groups)]
-        plan.adapters(
+        plan.surgery(
             AdapterSpec(names, self.rank, self.scaling * self.rank, 0.0, self.target, self.train_fully, self.seed)
         )
         if self._regularises and plan.fitting:
@@ -178,7 +178,7 @@ class PEGO(StepRecipe):
 
     def extra_loss(self, step: Step) -> Mapping[str, Tensor]:
         """lambda L_o, once an optimizer step."""
-        terms = [orthogonality(*pair) for pair in self.adapters.pairs()]
+        terms = [orthogonality(*pair) for pair in self.operation.pairs()]
         preserve, diversify = (torch.stack(side).sum() for side in zip(*terms))
         step.log(self, {"preserve": preserve, "diversify": diversify})
         loss = preserve.new_zeros(())
@@ -201,9 +201,9 @@ class PEGO(StepRecipe):
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.adapters is None or not self.adapters.layers:
+        if self.operation is None or not self.operation.layers:
             return
         with torch.no_grad():
-            both = [overlaps(*pair) for pair in self.adapters.pairs()]
+            both = [overlaps(*pair) for pair in self.operation.pairs()]
         with_w, pairwise = (torch.stack(side).mean() for side in zip(*both))
         self.log_dict({"pego/overlap_with_w": with_w, "pego/overlap_of_pairs": pairwise})

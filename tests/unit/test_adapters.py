@@ -12,9 +12,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_recipes.core.adapters import AdapterSpec, carries_adapters, inject
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.recipe import Recipe
-from lightning_recipes.core.surgery import AdapterSpec, carries_adapters, inject, structure_of
+from lightning_recipes.core.surgery import as_structure, rebuilt, stored_in
 from tests.attention import CASES, Case, D, Encoder, bert, gpt2, timm_vit
 from tests.stock import Classifier, loader, mlp, quiet
 
@@ -198,7 +199,7 @@ class Adapts(Recipe):
         self.spec, self.merge_on_end = spec, merge_on_end
 
     def declare(self, plan):
-        plan.adapters(self.spec)
+        plan.surgery(self.spec)
 
     def on_train_start(self, trainer, module):
         self.training = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -326,8 +327,9 @@ def test_named_layers_of_other_kinds():
 
 
 def test_the_structure_survives_a_checkpoint():
-    rebuilt = structure_of({"structure": SPEC.as_structure()})
-    assert rebuilt.as_structure() == SPEC.as_structure()
-    assert inject(Classifier(mlp()), replace(rebuilt, target=["0"])).made.keys()
-    assert structure_of({"structure": None}) is None
-    assert structure_of(None) is None
+    stored = stored_in({"structure": as_structure(SPEC)})
+    assert stored["what"] == "adapters"
+    assert rebuilt(AdapterSpec((), 1, 1.0, 0.0, "v"), stored) == replace(SPEC, train_fully=["head"])
+    assert inject(Classifier(mlp()), replace(rebuilt(SPEC, stored), target=["0"])).made.keys()
+    assert stored_in({"structure": None}) is None
+    assert stored_in(None) is None
