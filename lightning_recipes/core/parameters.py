@@ -174,11 +174,12 @@ class ParameterTable:
 
     # -- the optimizer ---------------------------------------------------------------------------------------------
 
-    def attach(self, made: Mapping[str, Parameter]) -> None:
+    def attach(self, made: Mapping[str, Parameter], *, whole: bool = True) -> None:
         """Once the optimizers exist and before their state is restored: adopt what surgery made, check, take the step.
 
         Args:
             made: parameters that surgery made, by name.
+            whole: whether the optimizers shall hold all that trains; those of a phase hold what the phase chose.
 
         Raises:
             RecipeError: for a parameter that shall train and is in no optimizer; for LBFGS.
@@ -187,7 +188,7 @@ class ParameterTable:
         if not optimizers or self._undo is None:
             return
         held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
-        adopted = {n: p for n, p in made.items() if id(p) not in held}
+        adopted = {n: p for n, p in made.items() if id(p) not in held} if whole else {}
         for name, parameter in adopted.items():
             _group_of_neighbours(optimizers[0], name, self._names)["params"].append(parameter)
         if adopted:
@@ -196,7 +197,7 @@ class ParameterTable:
         missing = [n for n, p in self._names.items() if id(p) not in held and self._user_trains(n, p)]
         claimed = set().union(*(c.frozen | c.thawed | c.lr_scale.keys() for c in self._claims.values()), ())
         missing = [n for n in missing if n in claimed and self._opens(n)]
-        if missing:
+        if missing and whole:
             raise RecipeError(
                 f"{len(missing)} parameters that are to train are in no optimizer, the first {missing[0]!r}; give the"
                 " optimizer all parameters of the module (self.parameters())"

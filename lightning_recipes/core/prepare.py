@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -27,6 +28,7 @@ from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.gradients import GradientSocket, Window, check_optimizers
 from lightning_recipes.core.parameters import Claim, ParameterTable, user_flags
 from lightning_recipes.core.patch import Patch
+from lightning_recipes.core.phases import PhasePlan, Phases
 from lightning_recipes.core.reentry import what_a_resume_loses
 from lightning_recipes.core.step import StepSocket
 from lightning_recipes.core.surgery import Operation, Surgery, as_structure, rebuilt, stored_in
@@ -97,6 +99,25 @@ class Plan:
         """Claim anew during the fit: at an optimizer-step boundary and at the same one on all ranks."""
         self._session.claim(self._recipe, claim)
 
+    def phases(self, plan: PhasePlan) -> None:
+        """Cut the fit into phases; at most one recipe of a Trainer may.
+
+        Raises:
+            RecipeError: when another recipe does, or the module takes its optimizer steps itself.
+        """
+        session = self._session
+        name = type(self._recipe).__name__
+        if session.phase_plan is not None:
+            raise RecipeError(
+                f"{type(session.phase_plan[0]).__name__} and {name} both cut the fit into phases; use one of them"
+            )
+        if not session.module.automatic_optimization:
+            raise RecipeError(
+                f"{name} cuts the fit into phases and needs automatic optimization: under manual optimization the"
+                " module may hold on to optimizers that a phase makes anew"
+            )
+        session.phase_plan = self._recipe, plan
+
     def install(self, part: Part) -> None:
         """Have a part of the fit's machinery put on for the length of the fit."""
         self._session.parts.append(part)
@@ -126,6 +147,8 @@ class Session:
         self.step_recipes: list[StepRecipe] = []
         self.edits: list[Recipe] = []
         self.parts: list[Part] = []
+        self.phase_plan: tuple[Recipe, PhasePlan] | None = None
+        self.phases: Phases | None = None
         self.keeps_place = False
         self.surgeries: dict[Recipe, Surgery] = {}
         self.claims: dict[Recipe, Callable[[], Claim]] = {}
@@ -230,7 +253,7 @@ class Session:
         try:
             self._operate(plans, resumes="callbacks" in checkpoint)
             if self.fitting:
-                self._attach()
+                self._attach(checkpoint)
         except BaseException:
             self.close()
             raise
@@ -291,7 +314,12 @@ class Session:
             )
             self.claims.setdefault(recipe, Claim)
 
-    def _attach(self) -> None:
+    def _attach(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.phase_plan is not None:  # first: the parameter socket wraps the optimizers of a phase too
+            recipe, plan = self.phase_plan
+            with speaking_for(recipe):
+                self.phases = Phases(self.trainer, self.module, plan, checkpoint, self.configure_anew)
+                self.phases.install(self._undo)
         for recipe, claim in self.claims.items():
             with speaking_for(recipe):
                 self.claim(recipe, claim())
@@ -332,15 +360,27 @@ class Session:
         """Optimizers exist, their state is not restored yet; runs once, with the first recipe's hook."""
         if self._fit_started:
             return
+        self._attach_optimizers()
+        self.gradients.check_parameters()
+        self._fit_started = True  # only now: an error above leaves nothing in the module
+
+    def configure_anew(self) -> None:
+        """Fresh optimizers and schedulers, as at the start of the fit; between two epochs, on all ranks together."""
+        strategy = self.trainer.strategy
+        strategy.setup_optimizers(self.trainer)
+        strategy.setup_precision_plugin()
+        _optimizers_to_device(strategy.optimizers, strategy.root_device)
+        self._attach_optimizers()
+
+    def _attach_optimizers(self) -> None:
         made = {name: p for operation in self.operations.values() for name, p in operation.made.items()}
+        whole = self.phases is None or self.phases.phase.optimizers is None
         with speaking_for(*self.claims):
-            self.parameters.attach(made)
+            self.parameters.attach(made, whole=whole)
         for operation in self.operations.values():
             operation.take_places(self.trainer.optimizers)
         for edited in self.edits:
             check_optimizers(self.trainer, edited)
-        self.gradients.check_parameters()
-        self._fit_started = True  # only now: an error above leaves nothing in the module
 
     def close(self) -> None:
         """Take everything off again, in reverse order."""

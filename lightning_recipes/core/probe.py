@@ -1,0 +1,160 @@
+"""Looking at the training set from within a fit: every sample once, in order, without a trace in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_recipes.core import random
+from lightning_recipes.core.distributed import active, rank_and_world
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.silence import gradients_allowed, modes_kept
+from lightning_recipes.core.step import observe
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The training set, to be read in order; this rank's share of it.
+
+    Attributes:
+        loader: its batches, on the CPU.
+        share: indices in the training set of this rank's samples, in the loader's order.
+        total: number of samples of all ranks together.
+    """
+
+    loader: DataLoader
+    share: list[int]
+    total: int
+
+    def __iter__(self) -> Iterator[tuple[Any, list[int]]]:
+        """Pairs of a batch and its indices in the training set. The global random state is left alone."""
+        size = self.loader.batch_size
+        for number, batch in enumerate(self.loader):
+            yield batch, self.share[number * size : (number + 1) * size]
+
+
+def training_samples(trainer: pl.Trainer) -> Samples:
+    """Every sample of the training data at hand once: in order, unshuffled, dealt to the ranks in turn.
+
+    A data module with a ``plain_train_set`` (training samples with the evaluation's transform) gives that; otherwise
+    the training loader's own data set is read, with its transform.
+
+    Raises:
+        RecipeError: when there is not one loader over a data set that is read by index.
+    """
+    trainer.fit_loop.setup_data()
+    loaders = trainer.fit_loop._combined_loader.flattened
+    loader = loaders[0] if len(loaders) == 1 else None
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        what = f"{len(loaders)} loaders" if loader is None else type(loader).__name__
+        of = f" of {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else ""
+        raise RecipeError(f"needs the training data as one DataLoader over a data set read by index; got {what}{of}")
+    dataset = getattr(trainer.datamodule, "plain_train_set", None)
+    if dataset is None or len(dataset) != len(loader.dataset):
+        dataset = loader.dataset
+    return samples_of(loader, dataset)
+
+
+def samples_of(loader: DataLoader, dataset: Any = None, chosen: Sequence[int] | None = None) -> Samples:
+    """The samples of a loader once, in order and dealt to the ranks in turn, read as the loader reads them.
+
+    Args:
+        dataset: another data set with as many samples; None for the loader's own.
+        chosen: ascending indices of those to read; None for all.
+    """
+    dataset = loader.dataset if dataset is None else dataset
+    chosen = range(len(dataset)) if chosen is None else chosen
+    rank, world = rank_and_world()
+    share = list(chosen[rank::world])
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+    plain = DataLoader(
+        dataset,
+        batch_size=size,
+        sampler=share,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=random.generator("training samples"),
+    )
+    return Samples(plain, share, len(chosen))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Features of samples, on every rank the same, in the order of the training set.
+
+    Attributes:
+        features: float32 ``[n, d]`` on the CPU, by name.
+        targets: ``[n, ...]`` as the module's loss got them, on the CPU.
+    """
+
+    features: dict[str, Tensor]
+    targets: Tensor
+
+
+@torch.no_grad()
+def encode(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    read: Callable[[], dict[str, Tensor]],
+    samples: Samples | None = None,
+    select: str | int | None = None,
+    progress: Callable[[Samples], Any] = iter,
+    run: Callable[[Any, int], Tensor] | None = None,
+    full_precision: bool = False,
+) -> Encoded:
+    """Run the module's own training step over the training set, in eval mode and silently, and keep what `read` gives.
+
+    Costs a forward pass over the data. All ranks must call it together.
+
+    Args:
+        read: after each batch: features ``[n, d]`` by name (from :class:`~lightning_recipes.core.features.Taps`).
+        samples: which; None for all of :func:`training_samples`.
+        select: which loss of the step to take the targets from, as everywhere (``criterion=``).
+        progress: makes the iterator over the samples, a progress bar for long work.
+        run: what to run instead of the training step: from a batch on the device and its number to targets
+            ``[n, ...]``.
+        full_precision: leave mixed precision out, for statistics that need what it rounds away.
+
+    Raises:
+        RecipeError: when the step's loss cannot be seen, or the features are not one vector a sample.
+    """
+    samples = training_samples(trainer) if samples is None else samples
+    kept: dict[str, list[Tensor]] = {}
+    targets: list[Tensor] = []
+    with modes_kept(module, training=False), random.forked(module.device, 0), gradients_allowed():
+        for number, (batch, share) in enumerate(progress(samples)):
+            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            with nullcontext() if full_precision else trainer.precision_plugin.forward_context():
+                seen = observe(trainer, module, batch, number, select).targets if run is None else run(batch, number)
+            for name, value in read().items():
+                value = value.detach()
+                if value.dim() != 2 or len(value) != len(share):
+                    raise RecipeError(
+                        f"needs one feature vector a sample; {name} is {tuple(value.shape)} for {len(share)} samples"
+                    )
+                kept.setdefault(name, []).append(value.float().cpu())
+            targets.append(seen.detach().cpu())
+    features = {name: torch.cat(values) for name, values in kept.items()}
+    return _in_order(Encoded(features, torch.cat(targets)), samples)
+
+
+def _in_order(mine: Encoded, samples: Samples) -> Encoded:
+    """Every rank's samples, in the order of the training set."""
+    if not active():
+        return mine
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (samples.share, mine.features, mine.targets))
+    order = torch.tensor([index for share, *_ in everyone for index in share]).argsort()
+    features = {name: torch.cat([theirs[name] for _, theirs, _ in everyone])[order] for name in mine.features}
+    return Encoded(features, torch.cat([theirs for *_, theirs in everyone])[order])
