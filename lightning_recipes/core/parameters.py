@@ -85,10 +85,11 @@ class ParameterTable:
         Raises:
             RecipeError: when nothing would train, or two recipes set one parameter's decay.
         """
-        self._claims[recipe] = claim
+        before, self._claims[recipe] = self._claims.get(recipe), claim
         if self._undo is not None:
             self._factors = self._resolve_factors()
-            if self._apply():
+            same = before is not None and (before.frozen, before.thawed) == (claim.frozen, claim.thawed)
+            if not same and self._apply():  # a schedule may change rates in every step
                 rebuild_ddp(self.trainer)
 
     @property

@@ -159,6 +159,7 @@ class Session:
         self.parameters: ParameterTable  # made when the network exists
         self._undo = ExitStack()
         self._fit_started = False
+        self._refused = False  # before its first step
         self._steps_before = trainer.global_step
         connector = trainer._checkpoint_connector
         patch = Patch(connector, "resume_start", lambda *a, **k: self._read_then_prepare(patch, *a, **k))
@@ -192,8 +193,8 @@ class Session:
         session = _SESSIONS.get(trainer)
         if session is None or isinstance(trainer.strategy.__dict__.get("on_exception"), Patch):
             return
-        refused = isinstance(exception, RecipeError) and trainer.global_step <= session._steps_before
-        saving = trainer.checkpoint_callbacks if refused else []
+        session._refused = isinstance(exception, RecipeError) and trainer.global_step <= session._steps_before
+        saving = trainer.checkpoint_callbacks if session._refused else []
         silenced = [Patch(each, "on_exception", lambda *args: None) for each in saving]
 
         def then_close(exception: BaseException) -> None:
@@ -287,7 +288,7 @@ class Session:
             self._claim_around()
 
     def _finish_surgery(self, recipe: Recipe, operation: Operation) -> None:
-        keep = self._fit_started and not getattr(recipe, "merge_on_end", True)
+        keep = self._fit_started and not self._refused and not getattr(recipe, "merge_on_end", True)
         if not keep:
             operation.remove(merge=True)
             recipe._structure = None
@@ -320,6 +321,8 @@ class Session:
             with speaking_for(recipe):
                 self.phases = Phases(self.trainer, self.module, plan, checkpoint, self.configure_anew)
                 self.phases.install(self._undo)
+        for part in self.parts:  # before a claim that asks for the number of steps, and so for the data
+            part.install(self._undo)
         for recipe, claim in self.claims.items():
             with speaking_for(recipe):
                 self.claim(recipe, claim())
@@ -329,8 +332,6 @@ class Session:
         if self.step_recipes:
             StepSocket(self.trainer, self.module, self.step_recipes).install(self._undo)
         self.gradients.install(self._undo)
-        for part in self.parts:
-            part.install(self._undo)
 
     def claim(self, recipe: Recipe, claim: Claim) -> None:
         """What a recipe wants of the parameters now, beside what its surgery does."""

@@ -16,8 +16,8 @@ import lightning.pytorch as pl
 from lightning_recipes.core.errors import RecipeError, check_argument
 
 
-def horizon(trainer: pl.Trainer, unit: Literal["epoch", "step"], why: str) -> int:
-    """How many epochs or optimizer steps the fit has.
+def horizon(trainer: pl.Trainer, unit: Literal["epoch", "step"], why: str, after: int = 0) -> int:
+    """How many epochs or optimizer steps the fit has, after so many epochs.
 
     Raises:
         RecipeError: when there is no finite number.
@@ -27,11 +27,11 @@ def horizon(trainer: pl.Trainer, unit: Literal["epoch", "step"], why: str) -> in
             raise RecipeError(
                 f"{why} needs Trainer(max_epochs=...); it is {trainer.max_epochs}. Set it, or give whole epochs (int)"
             )
-        return trainer.max_epochs
+        return trainer.max_epochs - after
     steps = trainer.estimated_stepping_batches
     if math.isinf(steps):
         raise RecipeError(f"{why} needs Trainer(max_steps=...) or max_epochs with a dataloader that has a length")
-    return int(steps)
+    return int(steps) if not after else int(steps) // trainer.max_epochs * (trainer.max_epochs - after)
 
 
 @dataclass
@@ -50,7 +50,7 @@ class EveryN:
         check_argument(self.n >= 1, self, "n", self.n, "at least 1")
         check_argument(self.unit in ("epoch", "step"), self, "unit", self.unit, "'epoch' or 'step'")
 
-    def times(self, count: int, trainer: pl.Trainer) -> list[int]:
+    def times(self, count: int, trainer: pl.Trainer, after: int = 0) -> list[int]:
         """When each of `count` things happens."""
         return [i * self.n for i in range(count)]
 
@@ -74,8 +74,8 @@ class At:
             ok = time >= 0 and (isinstance(time, int) or time <= 1 or math.isinf(time))
             check_argument(ok, self, "at", time, "epochs or steps (int), fractions in [0, 1] (float) or inf")
 
-    def times(self, count: int, trainer: pl.Trainer) -> list[float]:
-        """When each of `count` things happens.
+    def times(self, count: int, trainer: pl.Trainer, after: int = 0) -> list[float]:
+        """When each of `count` things happens, counted from the end of epoch `after` on.
 
         Raises:
             RecipeError: when the times decrease, or there are not `count` of them.
@@ -83,7 +83,9 @@ class At:
         if len(self.at) != count:
             raise RecipeError(f"at has {len(self.at)} times for {count} groups; give one time a group")
         fractions = [t for t in self.at if isinstance(t, float) and not math.isinf(t)]
-        total = horizon(trainer, self.unit, f"at={list(self.at)} in fractions of the fit") if any(fractions) else 0
+        total = (
+            horizon(trainer, self.unit, f"at={list(self.at)} in fractions of the fit", after) if any(fractions) else 0
+        )
         times = [t if isinstance(t, int) or math.isinf(t) else math.floor(t * total) for t in self.at]
         if times != sorted(times):
             raise RecipeError(f"at must not decrease; got {list(self.at)}, which is {times}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import lightning.pytorch as pl
 from torch import nn
@@ -82,6 +83,67 @@ def layers(module: nn.Module) -> list[tuple[str, list[str]]]:
     return [(name, names) for name, names in groups if names] + [("head", in_head)]
 
 
+def groups(
+    module: nn.Module, wanted: Literal["auto"] | Sequence[str | Sequence[str]], never: Sequence[str] = ()
+) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """The network's parameters in groups from the head down.
+
+    Args:
+        wanted: 'auto' for :func:`layers`; or the groups, each a pattern of :func:`parameters_under` or some of them. A
+            part without parameters gives an empty group.
+        never: patterns of what is in no group.
+
+    Returns:
+        (name, parameter names) by group, and the names under `never`.
+
+    Raises:
+        RecipeError: for a pattern that matches nothing, a parameter in two groups, or one that is in none.
+    """
+    left_out = parameters_under(module, never, "never") if never else []
+    if wanted == "auto":
+        found = [(name, [n for n in names if n not in left_out]) for name, names in reversed(layers(module))]
+        return [(name, names) for name, names in found if names], left_out
+    found, owner = [], {}
+    for entry in wanted:
+        patterns = [entry] if isinstance(entry, str) else list(entry)
+        names = parameters_under(module, [p for p in patterns if not _is_bare(module, p)], "groups")
+        for name in names:
+            if name in owner or name in left_out:
+                raise RecipeError(f"groups: parameter {name!r} is in {owner.get(name, 'never')} and in {patterns}")
+            owner[name] = patterns
+        found.append((patterns[0], names))
+    left = [name for name, _ in module.named_parameters() if name not in owner and name not in left_out]
+    if left:
+        raise RecipeError(
+            f"groups: {len(left)} parameters are in no group, the first {left[0]!r}; add them or put them in never"
+        )
+    return found, left_out
+
+
+def _is_bare(module: nn.Module, path: str) -> bool:
+    """Whether a path, from the module or from the network in it, is a part without parameters."""
+    root, _ = network(module)
+    parts = dict(module.named_modules())
+    named = [parts[p] for p in (path, _join(root, path)) if p in parts]
+    return path != "head" and bool(named) and not any(True for part in named for _ in part.parameters())
+
+
+def parts_under(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The largest parts all of whose parameters are among `names`."""
+    chosen, found = set(names), []
+
+    def look(part: nn.Module, path: str) -> None:
+        own = [_join(path, name) for name, _ in part.named_parameters()]
+        if own and chosen.issuperset(own):
+            found.append(part)
+        else:
+            for name, child in part.named_children():
+                look(child, _join(path, name))
+
+    look(module, "")
+    return found
+
+
 def parameters_under(module: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:
     """Names of the parameters under the given module paths, parameter names or `*` patterns; 'head' finds the head.
 
@@ -150,7 +212,8 @@ def _has_parameters(root: nn.Module, path: str) -> bool:
 
 def _last_linear(root: nn.Module) -> str:
     found = [name for name, part in root.named_modules() if isinstance(part, (nn.Linear, nn.modules.conv._ConvNd))]
-    return found[-1] if found else ""
+    found = [name for name in found if not any(_under(name, other) for other in found if other != name)]
+    return found[-1] if found else ""  # what stands inside a layer (a head before it) is a part of that layer
 
 
 def _timm_groups(path: str, root: nn.Module, in_head: set[str]) -> list[tuple[str, list[str]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,6 +90,22 @@ def modes_kept(module: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+class HeldInEval:
+    """Parts that are kept in eval mode while the rest of their module trains."""
+
+    def __init__(self) -> None:
+        self._modes: dict[nn.Module, bool] = {}  # that they had
+
+    def hold(self, parts: Iterable[nn.Module]) -> None:
+        """Put these in eval mode (a ``train()`` of the module's may have switched them back) and let go of the rest."""
+        parts = dict.fromkeys(each for part in parts for each in part.modules())
+        for part in parts:
+            self._modes.setdefault(part, part.training)
+            part.training = False
+        for part in self._modes.keys() - parts.keys():
+            part.training = self._modes.pop(part)
 
 
 @contextmanager

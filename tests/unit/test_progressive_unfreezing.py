@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from lightning_recipes.callbacks import ProgressiveUnfreezing
+from lightning_recipes.callbacks import ExactResume, ProgressiveUnfreezing
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.schedule import At, EveryN, Plateau
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
@@ -403,3 +403,102 @@ def test_no_gradient_is_edited_where_the_wrapper_is_rebuilt() -> None:
     fit(Classifier(mlp()), Unfreeze(at=(0, 1, 2)), watch)
     assert seen
     assert all("configure_gradient_clipping" not in names for names in seen)
+
+
+# -- the linear probe --------------------------------------------------------------------------------------------------
+
+
+class Decayed(Classifier):
+    """AdamW under a schedule as long as the fit that it is told of."""
+
+    def configure_optimizers(self):
+        optimizer = AdamW(self.parameters(), lr=0.01)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": CosineAnnealingLR(optimizer, steps)}}
+
+
+def by_hand(module, epochs, parameters=None):
+    """The same training as a plain loop; AdamW of the probe where parameters are given."""
+    probe = None if parameters is None else AdamW(parameters, lr=0.02, weight_decay=1e-4)
+    optimizer = probe or AdamW(module.parameters(), lr=0.01)
+    schedule = None if probe else CosineAnnealingLR(optimizer, 4 * epochs)
+    for _ in range(epochs):
+        for x, y in loader(X, Y):
+            optimizer.zero_grad()
+            F.cross_entropy(module(x), y).backward()
+            optimizer.step()
+        if schedule is not None:
+            schedule.step()
+
+
+def test_lp_ft_is_a_probe_with_its_own_optimizer_and_then_plain_fine_tuning():
+    module, plain = Decayed(), Decayed()
+    plain.load_state_dict(module.state_dict())
+    fit(module, Unfreeze(at=(0, 0, 0), probe_epochs=2, probe_lr=0.02), epochs=5)
+    plain.requires_grad_(False)
+    plain.net[4].requires_grad_(True)
+    by_hand(plain, 2, list(plain.net[4].parameters()))
+    plain.requires_grad_(True)
+    by_hand(plain, 3)
+    assert same(weights(module), weights(plain))
+
+
+def test_times_count_from_the_end_of_the_probe():
+    stages, rates = Stages(), []
+    note = Watch(on_train_epoch_start=lambda t, m: rates.append(t.optimizers[0].param_groups[0]["lr"]))
+    fit(Decayed(), Unfreeze(at=(0, 0.25, 0.5), probe_epochs=2, probe_lr=0.02), stages.watch, note, epochs=6)
+    # 2 epochs of the probe; then 4: layer 2 at floor(.25 * 4) = 1, layer 0 at 2
+    assert stages.seen == ["4"] * 8 + ["4"] * 4 + ["24"] * 4 + ["024"] * 8
+    assert rates[:3] == [0.02, 0.02, 0.01]
+
+
+def test_times_in_steps_count_from_the_end_of_the_probe():
+    stages = Stages()
+    fit(Decayed(), Unfreeze(at=At((0, 2, 3), "step"), probe_epochs=1), stages.watch, epochs=2)
+    assert stages.seen == ["4"] * 4 + ["4"] * 2 + ["24"] + ["024"]
+
+
+def test_a_plateau_is_not_looked_for_in_the_probe():
+    stages = Stages()
+    stuck = Plateau("val/loss", patience=1, min_delta=10.0)
+    fit(Decayed(), Unfreeze(at=stuck, probe_epochs=2), stages.watch, epochs=5, val=True)
+    assert stages.seen == ["4"] * 16 + ["24"] * 4  # the first validation that counts is that of epoch 2
+
+
+@pytest.mark.parametrize("mechanism", ["rewrap", "drop_grad"])
+def test_rates_and_decays_of_the_groups_are_those_of_the_main_phase(mechanism):
+    """The probe's rate is its own; afterwards every group has its scale."""
+    seen = []
+
+    def note(trainer, module, optimizer):
+        seen.append({group["lr"] for group in optimizer.param_groups})
+
+    module = Classifier()
+    recipe = Unfreeze(at=(0, 0, 0), lr_scale=(0.5, 0.25, 0.125), probe_epochs=1, probe_lr=0.02, mechanism=mechanism)
+    updates = []
+
+    def spy(trainer, *args):
+        if trainer.current_epoch == 1 and not updates:
+            before = {n: p.detach().clone() for n, p in module.named_parameters()}
+            updates.append(before)
+        elif len(updates) == 1:
+            updates.append({n: (p.detach() - updates[0][n], p.grad) for n, p in module.named_parameters()})
+
+    fit(module, recipe, Watch(on_before_optimizer_step=note, on_train_batch_start=spy), epochs=2)
+    assert seen[0] == {0.02}
+    assert seen[4] == {0.1}, "at rest the groups are the user's own"
+    for name, scale in (("net.4.weight", 0.5), ("net.2.weight", 0.25), ("net.0.weight", 0.125)):
+        moved, grad = updates[1][name]
+        assert torch.allclose(moved, -0.1 * scale * grad, atol=1e-8)
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 11])
+def test_a_probe_resumes(step, tmp_path):
+    recipe = lambda: Unfreeze(at=(0, 1, 1), lr_scale=0.5, probe_epochs=1)  # noqa: E731
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
+    whole, resumed = Decayed(), Decayed()
+    resumed.load_state_dict(whole.state_dict())
+    fit(whole, recipe(), ExactResume(), saves, epochs=4, enable_checkpointing=True)
+    trainer = quiet(callbacks=[recipe(), ExactResume()], max_epochs=4)
+    trainer.fit(resumed, loader(X, Y), ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert same(weights(whole), weights(resumed))

@@ -11,6 +11,10 @@ With the groups of a network from the head (0) down, E epochs, and times t_0 <= 
 
 A group that sleeps takes no part in the backward pass, has no gradient and no optimizer state, and is not decayed; its
 rate follows the schedule all the same. Costs nothing; saves the backward pass below the lowest group awake.
+
+A linear probe may come first: so many epochs of AdamW on the head alone, whose state is thrown away; then the module's
+own optimizers and schedules begin, as long as the epochs that are left, and E counts those. With all groups awake from
+there on (at all 0) that is LP-FT (Kumar et al. 2022).
 """
 
 from __future__ import annotations
@@ -22,16 +26,18 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from lightning_recipes.core import select
 from lightning_recipes.core.diagnostics import log_values
 from lightning_recipes.core.distributed import from_rank_zero
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.parameters import Claim, batch_norms
+from lightning_recipes.core.phases import Phase, PhasePlan
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Paper, Recipe
-from lightning_recipes.core.schedule import At, EveryN, Plateau
+from lightning_recipes.core.schedule import At, EveryN, Plateau, horizon
+from lightning_recipes.core.silence import HeldInEval
 
 
 def awake(times: Sequence[float], now: float) -> int:
@@ -45,6 +51,7 @@ def awake(times: Sequence[float], now: float) -> int:
 
 
 PAPER_SCALES = (1.0, 0.5, 0.25, 0.1)
+PROBE_DECAY = 1e-4
 _NOTHING_DONE = {"stage": 0, "stalls": 0, "best": math.inf, "waited": 0}
 
 
@@ -74,7 +81,7 @@ class ProgressiveUnfreezing(Recipe):
     Args:
         groups: 'auto' cuts the network into head and layers (timm, torchvision, Hugging Face, Sequential and plain
             modules); or the groups from the head down, each a module path, parameter name or `*` pattern, or a list of
-            them. 'head' finds the head.
+            them. 'head' finds the head. A group without parameters (pooling, dropout) is an empty step, with a warning.
         at: when each group starts to train: an int is an epoch, a float a fraction of ``max_epochs`` (rounded down);
             or ``At`` (also in steps), ``EveryN`` or ``Plateau`` (the next group when a metric stalls). With 'auto',
             layers below the last time given never train.
@@ -85,6 +92,8 @@ class ProgressiveUnfreezing(Recipe):
         bn: what frozen batch-norm layers do. 'follow': their weights follow the group, running statistics move (the
             paper's); 'train': their weights always train too (fastai's); 'eval': they normalise by, and keep, their
             stored statistics.
+        probe_epochs: epochs of the linear probe at the start, part of ``max_epochs``; 0 leaves it out.
+        probe_lr: its constant rate; the decay is the paper's 1e-4.
         mechanism: 'rewrap' switches gradients off and wraps DDP anew at each change, which saves the backward pass;
             'drop_grad' computes all gradients and drops the sleeping groups' before clipping, with no change of the
             wrapper or of a compiled graph; 'auto' is 'drop_grad' for a compiled module with more than 6 changes, else
@@ -92,8 +101,9 @@ class ProgressiveUnfreezing(Recipe):
 
     Raises:
         RecipeError: before training, for times that decrease or do not match the groups, a pattern that matches
-            nothing, a parameter in two groups or in none, parameters that are in no optimizer, and a plateau in a fit
-            without validation; in the first validation for a plateau's metric that was not logged.
+            nothing, a parameter in two groups or in none, parameters that are in no optimizer, a plateau in a fit
+            without validation, and a probe that leaves no epoch; in the first validation for a plateau's metric that
+            was not logged.
     """
 
     paper = Paper(
@@ -117,11 +127,14 @@ class ProgressiveUnfreezing(Recipe):
         weight_decay: Sequence[float] | None = None,
         never: Sequence[str] = (),
         bn: Literal["follow", "train", "eval"] = "follow",
+        probe_epochs: int = 0,
+        probe_lr: float = 1e-3,
         mechanism: Literal["auto", "rewrap", "drop_grad"] = "auto",
     ) -> None:
         super().__init__()
         self.groups, self.at, self.lr_scale, self.weight_decay = groups, at, lr_scale, weight_decay
         self.never, self.bn, self.mechanism = never, bn, mechanism
+        self.probe_epochs, self.probe_lr = probe_epochs, probe_lr
         ok = groups == "auto" or (not isinstance(groups, str) and len(groups) > 0 and all(map(len, groups)))
         check_argument(ok, self, "groups", groups, "'auto' or a list of groups, each a name or some names")
         ok = isinstance(at, (At, EveryN, Plateau)) or (isinstance(at, Sequence) and not isinstance(at, str))
@@ -130,6 +143,8 @@ class ProgressiveUnfreezing(Recipe):
         check_argument(bn in ("follow", "train", "eval"), self, "bn", bn, "'follow', 'train' or 'eval'")
         allowed = ("auto", "rewrap", "drop_grad")
         check_argument(mechanism in allowed, self, "mechanism", mechanism, "'auto', 'rewrap' or 'drop_grad'")
+        check_argument(probe_epochs >= 0, self, "probe_epochs", probe_epochs, "at least 0")
+        check_argument(probe_lr > 0, self, "probe_lr", probe_lr, "positive")
         one_by_one = isinstance(lr_scale, Sequence) and lr_scale != "paper"
         scales = lr_scale if one_by_one else [lr_scale] if isinstance(lr_scale, (int, float)) else [1.0]
         ok = len(scales) > 0 and all(isinstance(s, (int, float)) and s > 0 for s in scales)
@@ -144,7 +159,8 @@ class ProgressiveUnfreezing(Recipe):
         self._scales: list[float] = []
         self._sleeping: frozenset[str] = frozenset()
         self._frozen_norms: list[nn.Module] = []
-        self._held: dict[nn.Module, bool] = {}  # batch norms in eval mode, with the mode that they had
+        self._held = HeldInEval()
+        self._probing = False
         self._drops = False
         self._stage = 0
         self._stalls = 0
@@ -156,7 +172,8 @@ class ProgressiveUnfreezing(Recipe):
         if not isinstance(self._when, At) or any(self._when.at) or self.groups == "auto":
             return False
         rates_kept = all(scale == 1 for scale in group_scales(self.lr_scale, len(self._when.at)))
-        return rates_kept and self.weight_decay is None and not self.never and self.bn != "eval"
+        asks_more = self.weight_decay is not None or self.never or self.bn == "eval" or self.probe_epochs
+        return rates_kept and not asks_more
 
     # -- declarations ------------------------------------------------------------------------------------------------
 
@@ -173,18 +190,42 @@ class ProgressiveUnfreezing(Recipe):
                 "ProgressiveUnfreezing: at=Plateau(...) wakes groups after validations, and this fit has none; give it"
                 " validation data, or give times"
             )
-        self._plan = plan
+        self._plan, self._names = plan, []
         plan.parameters(self._first_claim)
+        if self.probe_epochs:
+            plan.phases(self._phases(plan.trainer.max_epochs))
         self.load_state(_NOTHING_DONE if plan.section is None else plan.section["state"])
         if self.mechanism == "drop_grad" or (self.mechanism == "auto" and _is_compiled(plan.module)):
             plan.edit_gradients(self._drop_gradients)  # 'auto' decides whether to drop once the groups are known
+
+    def _phases(self, epochs: int | None) -> PhasePlan:
+        main = (epochs or 0) - self.probe_epochs
+        if main < 1:
+            raise RecipeError(
+                f"probe_epochs={self.probe_epochs} leaves no epoch of Trainer(max_epochs={epochs}) for what comes after"
+            )
+        probe = Phase("linear probe", self.probe_epochs, self._probe_optimizer)
+        return PhasePlan([probe, Phase("main phase", main)], self._enter, reload_data=False)
+
+    def _enter(self, phase: int) -> None:
+        self._probing = phase == 0
+        if self._names:  # at the boundary; at first the groups are not known yet
+            self._stage = self._stage_now()
+            self._plan.change_parameters(self._claim())
+            self._log()
+
+    def _probe_optimizer(self) -> Optimizer:
+        """The head's own optimizer, which is gone with the probe."""
+        head = set(self._names[0][1])
+        parameters = [p for name, p in self._plan.module.named_parameters() if name in head]
+        return AdamW(parameters, lr=self.probe_lr, weight_decay=PROBE_DECAY)
 
     def _first_claim(self) -> Claim:
         """Runs after surgery, so that adapters and merged names are where they will stay."""
         module, trainer = self._plan.module, self._plan.trainer
         self._names, never = self._resolve_groups(module)
         count = len(self._names)
-        self._times = [0.0] if isinstance(self._when, Plateau) else self._when.times(count, trainer)
+        self._times = [0.0] if isinstance(self._when, Plateau) else self._main_times(count, trainer)
         self._scales = group_scales(self.lr_scale, count)
         if self.weight_decay is not None and len(self.weight_decay) != count:
             raise RecipeError(f"weight_decay has {len(self.weight_decay)} values for {count} groups; give one a group")
@@ -199,29 +240,26 @@ class ProgressiveUnfreezing(Recipe):
         self._tell(module)
         return self._claim()
 
+    def _main_times(self, count: int, trainer: pl.Trainer) -> list[float]:
+        """When each group wakes, counted from the start of the fit."""
+        before = self.probe_epochs
+        if before and self._when.unit == "step":
+            before *= horizon(trainer, "step", "probe_epochs") // trainer.max_epochs
+        return [before + time for time in self._when.times(count, trainer, self.probe_epochs)]
+
     def _resolve_groups(self, module: pl.LightningModule) -> tuple[list[tuple[str, list[str]]], list[str]]:
-        everything = [name for name, _ in module.named_parameters()]
-        never = select.parameters_under(module, self.never, "never") if self.never else []
+        groups, never = select.groups(module, self.groups, self.never)
         if self.groups == "auto":
-            found = [(name, [n for n in names if n not in never]) for name, names in reversed(select.layers(module))]
-            found = [(name, names) for name, names in found if names]
-            count = len(self._when.at) if isinstance(self._when, At) else len(found)
-            if count > len(found):
-                raise RecipeError(f"at has {count} times and the network {len(found)} groups {[n for n, _ in found]}")
-            return found[:count], never + [n for _, names in found[count:] for n in names]
-        groups, owner = [], {}
-        for entry in self.groups:
-            patterns = [entry] if isinstance(entry, str) else list(entry)
-            names = select.parameters_under(module, patterns, "groups")
-            for name in names:
-                if name in owner or name in never:
-                    raise RecipeError(f"groups: parameter {name!r} is in {owner.get(name, 'never')} and in {patterns}")
-                owner[name] = patterns
-            groups.append((patterns[0], names))
-        left = [name for name in everything if name not in owner and name not in never]
-        if left:
-            raise RecipeError(
-                f"groups: {len(left)} parameters are in no group, the first {left[0]!r}; add them or put them in never"
+            count = len(self._when.at) if isinstance(self._when, At) else len(groups)
+            if count > len(groups):
+                found = [name for name, _ in groups]
+                raise RecipeError(f"at has {count} times and the network {len(groups)} groups {found}")
+            groups, never = groups[:count], never + [n for _, names in groups[count:] for n in names]
+        empty = [name for name, names in groups if not names]
+        if empty:
+            rank_zero_warn(
+                f"ProgressiveUnfreezing: groups {empty} have no parameters (pooling, dropout): their steps change"
+                " nothing; leave them out"
             )
         return groups, never
 
@@ -234,11 +272,11 @@ class ProgressiveUnfreezing(Recipe):
             paths = [select.lightning_path(self._plan.module, norm) for norm in norms]
             sleeping -= {n for n in sleeping if n.rpartition(".")[0] in paths}
         self._frozen_norms, self._sleeping = norms, frozenset(sleeping)
-        decays = self.weight_decay or ()
+        scales, decays = ((), ()) if self._probing else (self._scales, self.weight_decay or ())  # the probe has its own
         return Claim(
             frozen=self._sleeping & self._always_frozen if self._drops else self._sleeping,
             thawed=frozenset(named),
-            lr_scale={n: s for (_, names), s in zip(self._names, self._scales) for n in names},
+            lr_scale={n: s for (_, names), s in zip(self._names, scales) for n in names},
             weight_decay={n: d for (_, names), d in zip(self._names, decays) for n in names},
             changes=not self._drops,
         )
@@ -263,6 +301,8 @@ class ProgressiveUnfreezing(Recipe):
         return limit is not None and 0 < limit <= time
 
     def _stage_now(self) -> int:
+        if self._probing:
+            return 1
         if isinstance(self._when, Plateau):
             return min(1 + self._stalls, len(self._names))
         trainer = self._plan.trainer
@@ -285,22 +325,14 @@ class ProgressiveUnfreezing(Recipe):
             self._plan.change_parameters(self._claim())
             self._log()
         if self.bn == "eval":
-            self._hold_norms(self._frozen_norms)
-
-    def _hold_norms(self, norms: Sequence[nn.Module]) -> None:
-        """Put these in eval mode (a ``train()`` of the module's may have switched them back) and let go of the rest."""
-        for norm in norms:
-            self._held.setdefault(norm, norm.training)
-            norm.eval()
-        for norm in self._held.keys() - set(norms):
-            norm.train(self._held.pop(norm))
+            self._held.hold(self._frozen_norms)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._plan is not None:
             self._log()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._plan is None or not isinstance(self._when, Plateau) or trainer.sanity_checking:
+        if self._plan is None or not isinstance(self._when, Plateau) or trainer.sanity_checking or self._probing:
             return
         value = trainer.callback_metrics.get(self._when.monitor)
         if value is None:
@@ -330,7 +362,7 @@ class ProgressiveUnfreezing(Recipe):
         self._finish()
 
     def _finish(self) -> None:
-        self._hold_norms(())
+        self._held.hold(())
         self._plan, self._frozen_norms = None, []
 
     # -- state -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ ROWS = [
     Row("unfreeze_drop", lambda: [_unfreeze(mechanism="drop_grad")]),
     Row("unfreeze_steps", lambda: [_unfreeze(at=At((0, 2, 5), "step"))]),
     Row("unfreeze_every", lambda: [ProgressiveUnfreezing(at=EveryN(1), lr_scale=0.5)], optimizer="adamw"),
+    Row("unfreeze_probe", lambda: [_unfreeze(at=(0, 1, 1), probe_epochs=1, probe_lr=0.01)], optimizer="adamw"),
     Row("unfreeze+glad", lambda: [_unfreeze(), GLAD(rank=None)]),
 ]
 MEMBERS = {"ProgressiveUnfreezing": lambda: ProgressiveUnfreezing(at=(0, 1, 2), lr_scale=(1, 1, 0.5))}
@@ -47,6 +48,19 @@ def misuses() -> list[Misuse]:
         argument(unfreeze, r"groups must be 'auto' or a list of groups.*; got \[\]", groups=[]),
         argument(unfreeze, r"groups must be 'auto' or a list of groups.*; got \[\[\]\]", groups=[[]]),
         argument(unfreeze, "bn must be 'follow', 'train' or 'eval'; got 'frozen'", bn="frozen"),
+        argument(unfreeze, "probe_epochs must be at least 0; got -1", probe_epochs=-1),
+        argument(unfreeze, "probe_lr must be positive; got 0", probe_lr=0),
+        bad(
+            "a probe that leaves no epoch",
+            r"probe_epochs=4 leaves no epoch of Trainer\(max_epochs=4\) for what comes after",
+            lambda: [setting(probe_epochs=4)],
+        ),
+        bad(
+            "a probe in a fit without an end",
+            r"probe_epochs=2 leaves no epoch of Trainer\(max_epochs=-1\) for what comes after",
+            lambda: [setting(probe_epochs=2)],
+            trainer={"max_epochs": -1, "max_steps": 3},
+        ),
         argument(unfreeze, "mechanism must be 'auto', 'rewrap' or 'drop_grad'; got 'fast'", mechanism="fast"),
         argument(unfreeze, positive + r"\(1\.0, 0\.0\)", lr_scale=(1.0, 0.0)),
         argument(unfreeze, positive + r"\(\)", lr_scale=()),
