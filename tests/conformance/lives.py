@@ -33,7 +33,7 @@ from lightning_recipes.callbacks import ExactResume
 from lightning_recipes.core.errors import RecipeError
 
 from .recipes import ROWS, pairs
-from .table import EPOCHS, LIGHTNINGS_OWN, Classifier, Lively, Row, digits, train, weights
+from .table import EPOCHS, LIGHTNINGS_OWN, Classifier, Lively, Row, train, weights
 
 TWENTY, WORKERS_TOO = ("exact_resume", "pego+unfreeze+aaer"), "exact_resume"
 KILLS, LONG = 20, 30  # how often one run dies, and its epochs
@@ -141,7 +141,7 @@ def lively(
     """A run on shuffled data, with windows of two batches of which the last is short, and a validation an epoch."""
     pl.seed_everything(0 if ckpt is None else time.time_ns() % 2**32, verbose=False)  # a later life has its own seed
     module = Lively(row.network(), row.optimizer)
-    dataset = digits(samples=56 * ranks).dataset
+    dataset = row.data(56 * ranks)
     data = DataLoader(dataset, 8, shuffle=True, num_workers=workers)
     if exact and not any(isinstance(each, ExactResume) for each in callbacks):
         callbacks = [ExactResume(), *callbacks]
@@ -314,6 +314,7 @@ def main(folder: Path, names: list[str]) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
     last_step = (BATCH, VALIDATION, EPOCH)
     for row in [row for row in [*ROWS, LIGHTNINGS_OWN] if not names or row.name in names]:
         with _timed(row):
