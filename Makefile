@@ -9,6 +9,8 @@
 PYTHON ?= $(shell for p in python3.11 python3; do \
   if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$p; break; fi; done)
 ARGS ?=
+# test processes that run at a time, each a whole file; 0 runs everything in one
+WORKERS ?= auto
 RUN := .venv/bin/python -m
 STAMP := .venv/.installed
 
@@ -23,7 +25,7 @@ quickstart: $(STAMP)-plots ## train with and without recipes on embedded data: a
 	$(RUN) lightning_recipes.quickstart $(ARGS)
 
 test: $(STAMP)-test ## run the whole test suite; options for pytest in ARGS="-k aaer -x"
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
 bench: $(STAMP)-bench ## measure speed and memory with and without recipes
 	$(RUN) benchmarks $(ARGS)

@@ -120,6 +120,13 @@ class LightningsOwn(BaseFinetuning):
             self.unfreeze_and_add_param_group(list(pl_module.network)[:3], optimizer, initial_denom_lr=1.0)
 
 
+def first_digits(samples: int) -> TensorDataset:
+    """The first digits, in their order."""
+    data = load_digits()
+    x = torch.tensor(data.images[:samples], dtype=torch.float32)[:, None] / 16
+    return TensorDataset(x, torch.tensor(data.target[:samples]))
+
+
 @dataclass(frozen=True)
 class Row:
     """One recipe in one setting, or a stack of several.
@@ -133,6 +140,9 @@ class Row:
         optimizer: 'sgd', 'adamw', or 'filter' (sgd over what requires a gradient).
         couples: whether the loss of a sample depends on its batch, so that micro-batches are not one large batch.
         trainer: further Trainer arguments.
+        keeps: takes off what the recipe leaves in the module by documented choice; None where it leaves nothing.
+        data: makes the training data from a number of samples; a row that trains on a part of its data at a time has
+            as many in each part.
     """
 
     name: str
@@ -143,6 +153,8 @@ class Row:
     couples: bool = False
     monitors: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
+    keeps: Callable[[pl.LightningModule], None] | None = None
+    data: Callable[[int], TensorDataset] = first_digits
 
 
 LIGHTNINGS_OWN = Row("lightnings_own", lambda: [LightningsOwn()], optimizer="filter")
@@ -161,12 +173,16 @@ class InTurn(Sampler[int]):
         return len(self.places)
 
 
-def digits(rank: int = 0, world: int = 1, batch: int = BATCH, samples: int = SAMPLES) -> DataLoader:
+def digits(
+    rank: int = 0,
+    world: int = 1,
+    batch: int = BATCH,
+    samples: int = SAMPLES,
+    data: Callable[[int], TensorDataset] = first_digits,
+) -> DataLoader:
     """The first digits, in their order; `batch` is that of all ranks together."""
-    data = load_digits()
-    x = torch.tensor(data.images[:samples], dtype=torch.float32)[:, None] / 16
-    dataset = TensorDataset(x, torch.tensor(data.target[:samples]))
-    return DataLoader(dataset, batch // world, sampler=InTurn(samples, rank, world))
+    dataset = data(samples)
+    return DataLoader(dataset, batch // world, sampler=InTurn(len(dataset), rank, world))
 
 
 def train(
@@ -199,13 +215,23 @@ def train(
     }
     extra = settings.pop("callbacks", [])
     fit = pl.Trainer(callbacks=[*(row.recipes() if callbacks is None else callbacks), *extra], **settings)
-    fit.fit(module, digits(rank, world, batch), ckpt_path=ckpt_path)
+    fit.fit(module, digits(rank, world, batch, data=row.data), ckpt_path=ckpt_path)
     return module, fit
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict, detached."""
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def differing(a: Any, b: Any, path: str = "") -> list[str]:

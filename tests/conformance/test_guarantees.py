@@ -1,13 +1,9 @@
-"""The guarantees, over every row of the table."""
+"""The guarantees, over every row of the table; those that take processes of their own are in ``test_lives.py``."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import glob
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +17,8 @@ from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.recipe import Recipe, plain
 from lightning_recipes.trainer_cli import run as run_command
 
-from .lives import KILLS, TWENTY, ended, lively
-from .recipes import ROWS, pairs, refusal
+from .lives import ended, lively
+from .recipes import ROWS
 from .table import (
     BATCH,
     EPOCHS,
@@ -32,41 +28,14 @@ from .table import (
     Row,
     differing,
     digits,
+    furthest,
+    same,
     train,
     weights,
 )
 
 ROOT = Path(__file__).parents[2]
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-
-
-@pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What every row and pair ended with, in processes of their own; one launch for all."""
-    folder = tmp_path_factory.mktemp("lives")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.conformance.lives", str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return folder
-
-
-def _of(lives: Path, row: Row, what: str, rank: int = 0) -> dict[str, Any]:
-    """What one life ended with, or the error that ended it."""
-    name = f"{row.name}.{what}.rank{rank}"
-    for error in lives.glob(f"{glob.escape(row.name)}.{what}.rank*.error"):
-        pytest.fail(error.read_text()[-4000:])
-    return torch.load(lives / f"{name}.pt", weights_only=True)
-
-
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 # -- 1. neutral ------------------------------------------------------------------------------------------------------
@@ -101,7 +70,7 @@ def test_an_adapters_neutral_setting_is_plain_peft(name: str) -> None:
     torch.manual_seed(0)
     module = Classifier(ConvNet(), "filter")
     recipe = (
-        PEGO(2, 1, 0.0, target=["2.1"], train_fully=["3"])
+        PEGO(2, 1, 0.0, target_modules=["2.1"], train_fully=["3"])
         if name == "pego"
         else GLAD(0.0, rank=2, lora_alpha=2, target_modules=["2.1"], train_fully=["3"])
     )
@@ -133,28 +102,6 @@ def test_a_resume_at_any_epoch_ends_with_the_same_weights(row: Row, tmp_path: Pa
         assert differing(fit.optimizers[0].state_dict(), again.optimizers[0].state_dict()) == []
 
 
-@rows
-@pytest.mark.ddp
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(row: Row, ranks: int, lives: Path) -> None:
-    """With ExactResume beside it, killed by SIGKILL and resumed in new processes: on one rank in the middle of an epoch
-    and again after an epoch's last step, on two ranks in the middle of an epoch or of an optimizer step."""
-    for rank in range(ranks):
-        whole, killed = (_of(lives, row, f"{what}{ranks}", rank) for what in ("whole", "killed"))
-        assert whole["steps"] == 12
-        assert differing(whole, killed) == []
-
-
-@pytest.mark.parametrize("row", [row for row in ROWS if row.name in TWENTY], ids=lambda row: row.name)
-def test_a_run_that_was_killed_twenty_times_at_random_moments_ends_the_same(row: Row, lives: Path) -> None:
-    whole, killed = _of(lives, row, "long1"), _of(lives, row, "twenty")
-    deaths = killed.pop("deaths")
-    assert len(deaths) == KILLS
-    assert len(set(deaths)) > KILLS // 4, "it dies at different places"
-    assert deaths == sorted(deaths), "what was saved is never lost again"
-    assert differing(whole, killed) == []
-
-
 def test_lightnings_own_finetuning_freezes_again_on_resume(tmp_path: Path) -> None:
     """What ProgressiveUnfreezing mends: the contrast that shows the resume test can fail."""
     keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
@@ -168,30 +115,9 @@ def test_lightnings_own_finetuning_freezes_again_on_resume(tmp_path: Path) -> No
 @rows
 def test_checkpoints_load_with_weights_only(row: Row, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1)
-    train(row, enable_checkpointing=True, callbacks=[*row.recipes(), keep], max_epochs=1)
+    train(row, enable_checkpointing=True, callbacks=[*row.recipes(), keep], max_epochs=2)
     checkpoint = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
     assert {recipe.state_key for recipe in row.recipes()} <= set(checkpoint["callbacks"])
-
-
-# -- 3. two ranks ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.ddp
-@rows
-def test_both_ranks_hold_the_same_weights(row: Row, lives: Path) -> None:
-    assert same(_of(lives, row, "two", 0), _of(lives, row, "two", 1))
-
-
-@pytest.mark.ddp
-@rows
-def test_two_ranks_equal_one_process_on_the_same_global_batches(row: Row, lives: Path) -> None:
-    assert furthest(_of(lives, row, "two"), _of(lives, row, "one")) < 1e-6
-
-
-@pytest.mark.ddp
-def test_lightnings_own_finetuning_lets_the_ranks_drift_apart(lives: Path) -> None:
-    """What ProgressiveUnfreezing mends: the contrast that shows the rank test can fail."""
-    assert furthest(_of(lives, LIGHTNINGS_OWN, "two", 0), _of(lives, LIGHTNINGS_OWN, "two", 1)) > 1e-3
 
 
 # -- 4. precision ----------------------------------------------------------------------------------------------------
@@ -209,6 +135,8 @@ def test_trains_in_mixed_precision(row: Row, precision: str) -> None:
     module.cpu()
     torch.manual_seed(0)
     start = Classifier(row.network(), row.optimizer)
+    if row.keeps is not None:  # what is kept was not there at the start: after one step it is
+        start, _ = train(row, max_steps=1)
     moved = _distance(full, start)
     assert moved > 0
     assert _distance(module, full) < 0.25 * moved, "it ends where the 32-bit run ends, seen from where both began"
@@ -299,6 +227,9 @@ def test_afterwards_the_module_is_stock(row: Row, error: BaseException | None) -
     except (RuntimeError, SystemExit) as raised:
         assert error is not None
         assert str(raised) in (str(error), "1")
+    if row.keeps is not None:
+        assert list(module.state_dict()) != keys, "it keeps something"
+        row.keeps(module)
     assert list(module.state_dict()) == keys
     assert [type(part) for part in module.modules()] == classes
     assert [p.requires_grad for p in module.parameters()] == flags
@@ -380,33 +311,6 @@ def _in_yaml(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _in_yaml(each) for key, each in value.items()}
     return [_in_yaml(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-
-# -- 9. together -----------------------------------------------------------------------------------------------------
-
-
-PAIRS = pairs()
-composing = pytest.mark.parametrize("row", [row for row in PAIRS if refusal(row) is None], ids=lambda row: row.name)
-
-
-@pytest.mark.parametrize("row", [row for row in PAIRS if refusal(row)], ids=lambda row: row.name)
-def test_a_refused_pair_says_which_two_and_why(row: Row, lives: Path) -> None:
-    refused = _of(lives, row, "refused")
-    assert refusal(row) in refused["error"]
-    assert all(type(recipe).__name__ in refused["error"] for recipe in row.recipes())
-    assert refused["unchanged"]
-
-
-@pytest.mark.ddp
-@composing
-def test_a_pair_composes_on_two_ranks(row: Row, lives: Path) -> None:
-    assert same(_of(lives, row, "two", 0), _of(lives, row, "two", 1))
-    assert furthest(_of(lives, row, "two"), _of(lives, row, "one")) < 1e-6
-
-
-@composing
-def test_a_pair_that_was_killed_ends_as_if_it_had_not_been(row: Row, lives: Path) -> None:
-    assert differing(_of(lives, row, "whole1"), _of(lives, row, "killed1")) == []
 
 
 def _distance(a: pl.LightningModule, b: pl.LightningModule) -> float:
