@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from lightning_recipes.callbacks import ExactResume
 from lightning_recipes.core.errors import RecipeError
 
-from .recipes import ROWS, pairs
+from .recipes import ROWS, pairs, refusal
 from .table import EPOCHS, LIGHTNINGS_OWN, Classifier, Lively, Row, train, weights
 
 TWENTY, WORKERS_TOO = ("exact_resume", "pego+unfreeze+aaer"), "exact_resume"
@@ -277,8 +277,8 @@ def _steps(folder: Path) -> int:
 # -- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def pair_refused(row: Row, folder: Path) -> bool:
-    """Whether the two are refused before the first step, and with what words."""
+def refused(row: Row, folder: Path) -> None:
+    """A pair that is to be refused: with what words, and that the module is as it was. Nothing is saved if it is not."""
 
     def run(rank: int) -> None:
         torch.manual_seed(0)
@@ -291,7 +291,6 @@ def pair_refused(row: Row, folder: Path) -> bool:
             torch.save({"error": str(error), "unchanged": unchanged}, folder / f"{row.name}.refused.rank0.pt")
 
     process(run, folder, f"{row.name}.refused")
-    return (folder / f"{row.name}.refused.rank0.pt").exists()
 
 
 def two_ranks(row: Row, folder: Path, epochs: int = EPOCHS) -> None:
@@ -329,7 +328,8 @@ def main(folder: Path, names: list[str]) -> None:
             killed(row, folder, [(draw.randint(9, 13), draw.choice([BATCH, STEP]))], ranks=2, workers=workers)
     for row in [row for row in pairs() if not names or row.name in names]:
         with _timed(row):
-            if pair_refused(row, folder):
+            if refusal(row):
+                refused(row, folder)
                 continue
             two_ranks(row, folder, epochs=2)
             uninterrupted(row, folder, epochs=2)
