@@ -11,7 +11,24 @@ import timm
 from torch import nn
 
 from benchmarks import loops
-from lightning_recipes.callbacks import AAER, GLAD, PEGO, ExactResume, ProgressiveUnfreezing
+from lightning_recipes.callbacks import (
+    AAER,
+    BANG,
+    GLAD,
+    LEVI,
+    PEGO,
+    AdaptFormer,
+    CosineHead,
+    CutMix,
+    ExactResume,
+    FreezeOut,
+    LogitAdjustment,
+    Mixup,
+    ProgressiveUnfreezing,
+    SaRA,
+    SVFit,
+    WiSEFT,
+)
 
 # Per device, by name: timm's name and its arguments. On a CPU small enough for steps of some 50 ms on a few cores.
 NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -24,6 +41,7 @@ NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "cuda": {"resnet": ("resnet50", {}), "vit": ("vit_small_patch16_224", {})},
 }
+LONG_TAIL = [500.0, 300.0, 180.0, 108.0, 65.0, 39.0, 23.0, 14.0, 8.0, 5.0]  # samples a class, for 10 classes
 IMAGE_SIZE = {"cpu": 32, "cuda": 224}
 
 
@@ -51,6 +69,7 @@ class Case:
 CASES: dict[str, Case] = {
     # What the measurement makes of no difference at all.
     "nothing": Case("resnet", list, list, loops.plain),
+    "nothing, ViT": Case("vit", list, list, loops.plain),
     "AAER": Case(
         "resnet",
         lambda: [AAER()],
@@ -86,6 +105,19 @@ CASES: dict[str, Case] = {
         lambda: [GLAD(0.0, rank=None)],
         lambda net, batches, amp: loops.glad(net, batches, amp),
     ),
+    "LEVI": Case(
+        "vit",
+        lambda: [LEVI()],
+        loop=lambda net, batches, amp: loops.levi(net, batches, amp),
+    ),
+    "SVFit": Case("vit", lambda: [SVFit()], loop=lambda net, batches, amp: loops.svfit(net, batches, amp)),
+    # Re-selected before the first step: what a step costs in the second half of a fit, when it costs most.
+    "SaRA": Case(
+        "vit",
+        lambda: [SaRA(None, 0.1, progressive_at=1e-9, rank_min_size=16)],
+        loop=lambda net, batches, amp: loops.sara(net, batches, amp),
+        saves=True,
+    ),
     "ProgressiveUnfreezing, head": Case(
         "resnet",
         lambda: [ProgressiveUnfreezing(at=(0,))],
@@ -101,6 +133,45 @@ CASES: dict[str, Case] = {
         lambda: [ProgressiveUnfreezing(at=(0,) * 6, lr_scale=0.5)],
         lambda: [ProgressiveUnfreezing(loops.RESNET_GROUPS, (0,) * 6, lr_scale=1.0)],
         lambda net, batches, amp: loops.unfreezing(net, batches, amp, rates=[0.5**depth for depth in range(6)]),
+    ),
+    "FreezeOut": Case("resnet", lambda: [FreezeOut()]),
+    "WiSEFT": Case(
+        "resnet",
+        lambda: [WiSEFT()],
+        lambda: [WiSEFT(1.0)],
+        lambda net, batches, amp: loops.wise_ft(net, batches, amp),
+        saves=True,
+    ),
+    "BANG, fine-tuning": Case(
+        "resnet",
+        lambda: [BANG(1.0)],
+        lambda: [BANG(1.0, label_smoothing=0.0, mixup_alpha=0.0)],
+        lambda net, batches, amp: loops.mixing(net, batches, amp, smoothing=0.1),
+    ),
+    "Mixup": Case(
+        "resnet", lambda: [Mixup()], lambda: [Mixup(0.0)], lambda net, batches, amp: loops.mixing(net, batches, amp)
+    ),
+    "CutMix": Case(
+        "resnet",
+        lambda: [CutMix(prob=1.0)],
+        lambda: [CutMix(prob=0.0)],
+        lambda net, batches, amp: loops.mixing(net, batches, amp, cut=True, alpha=1.0),
+    ),
+    "LogitAdjustment": Case(
+        "resnet",
+        lambda: [LogitAdjustment(LONG_TAIL)],
+        lambda: [LogitAdjustment(LONG_TAIL, tau=0.0)],
+        lambda net, batches, amp: loops.logit_adjusted(net, batches, amp, LONG_TAIL),
+    ),
+    "AdaptFormer": Case(
+        "vit",
+        lambda: [AdaptFormer(8)],
+        loop=lambda net, batches, amp: loops.adaptformer(net, batches, amp),
+    ),
+    "CosineHead": Case(
+        "vit",
+        lambda: [CosineHead()],
+        loop=lambda net, batches, amp: loops.cosine_head(net, batches, amp),
     ),
     "ExactResume": Case("resnet", lambda: [ExactResume()], saves=True),
     "ExactResume, 2 workers": Case("resnet", lambda: [ExactResume()], num_workers=2, saves=True),

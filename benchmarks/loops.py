@@ -8,13 +8,16 @@ a forward pass, ``torch.autocast`` for mixed precision. Nothing is logged.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 from torch.optim import AdamW
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -141,6 +144,133 @@ def glad(net: nn.Module, batches: Batches, amp: Amp = nullcontext, mix: float = 
         optimizer.step()
 
 
+class SingularValues(nn.Module):
+    """A fused qkv layer of which the singular values of some projections are trained.
+
+    Args:
+        fused: ``[..., d] -> [..., 3 d]``.
+        roles: of 'q', 'k', 'v'.
+    """
+
+    def __init__(self, fused: nn.Linear, roles: str) -> None:
+        super().__init__()
+        self.fused, self.delta = fused, nn.ParameterDict()
+        for role, weight in zip("qkv", fused.weight.detach().chunk(3)):
+            if role in roles:
+                u, values, vt = torch.linalg.svd(weight, full_matrices=False)
+                self.register_buffer(f"u_{role}", u)
+                self.register_buffer(f"vt_{role}", vt)
+                self.delta[role] = torch.zeros_like(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = dict(zip("qkv", self.fused(x).chunk(3, -1)))
+        for role, delta in self.delta.items():
+            u, vt = getattr(self, f"u_{role}"), getattr(self, f"vt_{role}")
+            parts[role] = parts[role] + F.linear(F.linear(x, vt) * delta, u)
+        return torch.cat(list(parts.values()), -1)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """The stock layer with the trained values in its weight."""
+        rows = dict(zip("qkv", self.fused.weight.chunk(3)))
+        for role, delta in self.delta.items():
+            rows[role].add_((getattr(self, f"u_{role}") * delta) @ getattr(self, f"vt_{role}"))
+        return self.fused
+
+
+def svfit(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None:
+    """Singular values of q and v of a timm vision transformer, without decay, and its head."""
+    net.requires_grad_(False)
+    head = list(net.get_classifier().requires_grad_(True).parameters())
+    for block in net.blocks:
+        block.attn.qkv = SingularValues(block.attn.qkv, "qv")
+    values = [delta for block in net.blocks for delta in block.attn.qkv.delta.parameters()]
+    descend(net, AdamW([{"params": head}, {"params": values, "weight_decay": 0.0}]), batches, amp)
+    for block in net.blocks:
+        block.attn.qkv = block.attn.qkv.merged()
+
+
+class Sparse(nn.Module):
+    """A weight as a function of its free entries, for ``torch.nn.utils.parametrize``.
+
+    Args:
+        dense: the weight, which stays as it is elsewhere.
+        free: True at its free entries.
+    """
+
+    def __init__(self, dense: Tensor, free: Tensor) -> None:
+        super().__init__()
+        self.dense, self.index = dense, free.flatten().nonzero().squeeze(1)
+
+    def right_inverse(self, dense: Tensor) -> Tensor:
+        return dense.flatten()[self.index]
+
+    def forward(self, values: Tensor) -> Tensor:
+        return _Written.apply(values, self.dense, self.index)
+
+
+class _Written(torch.autograd.Function):
+    """Writes the free entries into the weight, and keeps those of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, dense: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        dense.view(-1).index_copy_(0, index, values)
+        return dense.view_as(dense)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return grad.reshape(-1)[index], None, None
+
+
+def sara(
+    net: nn.Module, batches: Batches, amp: Amp = nullcontext, share: float = 0.1, weight: float = 5e-4, side: int = 16
+) -> None:
+    """The smallest entries of a network and its head, held where they have grown too large, from the first step on.
+
+    Args:
+        share: of the entries.
+        weight: of the nuclear norm of one matrix a step, the next in turn.
+        side: the least length of a side of such a matrix.
+    """
+    head = list(net.get_classifier().parameters())
+    owners = [(path, part, name) for path, part in net.named_modules() for name, _ in part.named_parameters("", False)]
+    target = {f"{path}.{name}".lstrip("."): (part, name) for path, part, name in owners}
+    target = {n: at for n, at in target.items() if all(getattr(*at) is not p for p in head)}
+    sizes = torch.cat([getattr(*at).detach().abs().flatten() for at in target.values()])
+    threshold = sizes.kthvalue(round(share * len(sizes)) + 1).values
+    matrices = sorted(n for n, at in target.items() if getattr(*at).dim() == 2 and min(getattr(*at).shape) >= side)
+    leaves, sparse, active = {}, {}, {}
+    for n, (part, name) in target.items():
+        dense = getattr(part, name).requires_grad_(False)
+        free = dense.abs() < threshold
+        if free.any():
+            sparse[n] = Sparse(dense.data, free)
+            parametrize.register_parametrization(part, name, sparse[n], unsafe=True)
+            leaves[n] = part.parametrizations[name].original.requires_grad_(True)
+            active[n] = leaves[n].detach().abs() < threshold
+    optimizer = AdamW([*leaves.values(), *head])
+    net.train()
+    for step, (x, y) in enumerate(batches):
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        n = matrices[step % len(matrices)]
+        if n in leaves and len(leaves[n]) > 100:
+            matrix = torch.zeros_like(sparse[n].dense).view(-1).index_copy(0, sparse[n].index, leaves[n] * active[n])
+            loss = loss + weight * torch.linalg.svdvals(matrix.view_as(sparse[n].dense)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        for n, values in leaves.items():
+            values.grad.masked_fill_(~active[n], 0)
+        optimizer.step()
+        with torch.no_grad():
+            for n, values in leaves.items():
+                values.copy_(torch.where(active[n], values, sparse[n].right_inverse(sparse[n].dense)))
+    for n in leaves:
+        parametrize.remove_parametrizations(*target[n])
+
+
 # -- adversarial training --------------------------------------------------------------------------------------------
 
 
@@ -213,3 +343,157 @@ def unfreezing(net: nn.Module, batches: Batches, amp: Amp = nullcontext, rates: 
         parameters = [p for name in names for p in net.get_submodule(name).requires_grad_(True).parameters()]
         groups.append({"params": parameters, "lr": 1e-3 * rate})
     descend(net, AdamW(groups), batches, amp)
+
+
+def levi(net: nn.Module, batches: Batches, amp: Amp = nullcontext, depths: int = 4, width: int = 128) -> None:
+    """A frozen timm vision transformer and a small convolutional network, with a head and a loss at some depths.
+
+    Both become parts of `net`: ``small`` and ``heads``.
+    """
+    net.requires_grad_(False).eval()
+    blocks = len(net.blocks)
+    depths = min(depths, blocks)
+    before, layers = net.patch_embed.proj.in_channels, list[nn.Module]()
+    for after in (width // 4, width // 2, width):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(1, after), nn.ReLU()]
+        before = after
+    net.small = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.heads = nn.ModuleList(nn.Linear(net.embed_dim + width, net.num_classes) for _ in range(depths))
+    both = nn.ModuleList([net.small, net.heads]).to(net.cls_token.device)
+    seen: list[Tensor] = []
+    hooks = [
+        net.blocks[(i + 1) * blocks // depths - 1].register_forward_hook(lambda part, args, out: seen.append(out))
+        for i in range(depths)
+    ]
+    optimizer = AdamW(both.parameters())
+    for x, y in batches:
+        seen.clear()
+        with amp():
+            with torch.no_grad():
+                net(x)
+                features = [F.layer_norm(out[:, 0], out.shape[2:]) for out in seen]
+            z = net.small(x)
+            logits = [head(torch.cat([h, z], 1)) for head, h in zip(net.heads, features)]
+            loss = sum(F.cross_entropy(each.float(), y) for each in logits) / depths
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for hook in hooks:
+        hook.remove()
+
+
+def wise_ft(net: nn.Module, batches: Batches, amp: Amp = nullcontext, alpha: float = 0.5) -> None:
+    """Plain training, and the mean of the weights before and after it; buffers are those after it."""
+    before = {name: p.detach().to("cpu", copy=True) for name, p in net.named_parameters()}
+    plain(net, batches, amp)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(torch.lerp(before[name].to(p.device), p, alpha))
+
+
+# -- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def mixing(
+    net: nn.Module,
+    batches: Batches,
+    amp: Amp = nullcontext,
+    cut: bool = False,
+    alpha: float = 0.2,
+    prob: float = 1.0,
+    smoothing: float = 0.0,
+) -> None:
+    """Mixup, or (`cut`) CutMix of square images."""
+    optimizer = AdamW(trained(net))
+    net.train()
+    for x, y in batches:
+        share, box, order = mix(x.shape[-1], len(x), cut, alpha, prob)
+        order = order.to(x.device, non_blocking=True)
+        if box is None:
+            x = share * x + (1 - share) * x[order]
+        else:
+            x1, y1, x2, y2 = box
+            x[..., y1:y2, x1:x2] = x[order][..., y1:y2, x1:x2]
+        with amp():
+            out = net(x)
+            first, second = (F.cross_entropy(out, labels, label_smoothing=smoothing) for labels in (y, y[order]))
+            loss = share * first + (1 - share) * second
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def mix(size: int, count: int, cut: bool, alpha: float, prob: float) -> tuple[float, tuple[int, ...] | None, Tensor]:
+    """The share that stays, the box (None for Mixup) and the partners; all of it stays where nothing is mixed."""
+    if random.random() >= prob:
+        return 1.0, None, torch.arange(count)
+    share, box = random.betavariate(alpha, alpha), None
+    if cut:
+        half = int(0.5 * size * math.sqrt(1 - share))
+        x, y = random.randrange(size), random.randrange(size)
+        box = max(x - half, 0), max(y - half, 0), min(x + half, size), min(y + half, size)
+        share = 1 - (box[2] - box[0]) * (box[3] - box[1]) / size**2
+    return share, box, torch.randperm(count)
+
+
+# -- long tails ------------------------------------------------------------------------------------------------------
+
+
+def logit_adjusted(
+    net: nn.Module, batches: Batches, amp: Amp = nullcontext, counts: Sequence[float] = (), tau: float = 1.0
+) -> None:
+    """Cross-entropy of logits + tau log prior."""
+    optimizer = AdamW(trained(net))
+    prior = torch.tensor(counts, device=next(net.parameters()).device)
+    shift = tau * (prior / prior.sum()).log()
+    net.train()
+    for x, y in batches:
+        with amp():
+            loss = F.cross_entropy(net(x) + shift, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class Branch(nn.Module):
+    """s * up(relu(down(LN(z)))), zero at first."""
+
+    def __init__(self, width: int, bottleneck: int) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.LayerNorm(width), nn.Parameter(torch.ones(1))
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        nn.init.kaiming_normal_(self.down.weight, a=math.sqrt(5))
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.scale * self.up(self.down(self.norm(z)).relu())
+
+
+def adaptformer(net: nn.Module, batches: Batches, amp: Amp = nullcontext, bottleneck: int = 8) -> None:
+    """A branch beside the MLP of every block of a frozen timm vision transformer; branches and head are trained."""
+    net.requires_grad_(False)
+    net.get_classifier().requires_grad_(True)
+    for block in net.blocks:
+        block.adapter = Branch(block.mlp.fc1.in_features, bottleneck).to(block.mlp.fc1.weight.device)
+
+        def forward(x: Tensor, attn_mask: None = None, is_causal: bool = False, block: nn.Module = block) -> Tensor:
+            x = x + block.attn(block.norm1(x))
+            return x + block.mlp(block.norm2(x)) + block.adapter(x)
+
+        block.forward = forward
+    plain(net, batches, amp)
+
+
+class Cosines(nn.Linear):
+    """scale * cosine of features and class weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 25.0 * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+def cosine_head(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None:
+    """The head of a timm vision transformer gives scaled cosines."""
+    linear, net.head = net.head, Cosines(net.head.in_features, net.head.out_features, bias=False)
+    net.head.weight = linear.weight
+    plain(net, batches, amp)

@@ -98,10 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def recipes() -> dict[str, type]:
-    """Every public recipe, by class name."""
-    from lightning_recipes import callbacks
+    """Every public recipe, by class name: the callbacks, and the modules and data modules that a paper brings."""
+    from lightning_recipes import callbacks, datamodules, modules
 
-    return {name: getattr(callbacks, name) for name in callbacks.__all__}
+    public = [
+        (name, getattr(package, name)) for package in (callbacks, datamodules, modules) for name in package.__all__
+    ]
+    return {name: found for name, found in public if hasattr(found, "paper")}
 
 
 def find_recipe(name: str) -> type:
@@ -121,9 +124,11 @@ def find_recipe(name: str) -> type:
 
 
 def purpose(recipe: type) -> str:
-    """The folder of ``lightning_recipes/callbacks`` that the recipe stands in: what a user would want it for."""
+    """What a user would want it for: the folder of ``lightning_recipes/callbacks`` that the recipe stands in, or what a
+    module or data module says."""
     parts = recipe.__module__.split(".")
-    return parts[2] if parts[:2] == ["lightning_recipes", "callbacks"] and len(parts) > 3 else ""
+    in_folder = parts[:2] == ["lightning_recipes", "callbacks"] and len(parts) > 3
+    return parts[2] if in_folder else getattr(recipe, "purpose", "")
 
 
 def table(recipes: Mapping[str, type], markdown: bool = False) -> str:
@@ -163,7 +168,8 @@ def card(recipe: type) -> str:
     lines = [f"{name} ({purpose(recipe)})" if purpose(recipe) else name, "", *_paragraph(recipe.does), ""]
     lines += [line for label, text in facts for line in _paragraph(text, f"  {label:<10}")]
     lines += ["", "Arguments", *([line for argument in arguments(recipe) for line in argument] or ["  none"])]
-    lines += ["", "Import", f"  from lightning_recipes.callbacks import {name}"]
+    package = ".".join(recipe.__module__.split(".")[:2])
+    lines += ["", "Import", f"  from {package} import {name}"]
     for path in config_files(recipe):
         shown = path.relative_to(config_folder()).as_posix()
         lines += ["", f"Config: --config {shown}", textwrap.indent(path.read_text(encoding="utf-8").rstrip(), "  ")]
@@ -226,10 +232,17 @@ def config_folder() -> Path:
 
 
 def config_files(recipe: type) -> list[Path]:
-    """The shipped recipe configs whose first callback is this recipe; without any, those that have it further down."""
+    """The shipped recipe configs whose first callback is this recipe; without any, those that have it further down, or
+    those of the papers whose module or data module it is."""
     import yaml
 
-    first, further = [], []
+    first, further, whole = [], [], []
+    for path in sorted((config_folder() / "papers").glob("*.yaml")):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        parts = [config.get(name) for name in ("model", "data")]
+        paths = [str(part.get("class_path")) for part in parts if isinstance(part, dict)]
+        if recipe.__name__ in [class_path.rsplit(".", 1)[-1] for class_path in paths]:
+            whole.append(path)
     for path in sorted((config_folder() / "recipes").glob("*.yaml")):
         trainer = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("trainer") or {}
         callbacks: Any = trainer.get("callbacks+", trainer.get("callbacks")) or []
@@ -238,7 +251,7 @@ def config_files(recipe: type) -> list[Path]:
         names = [class_path.rsplit(".", 1)[-1] for class_path in paths]
         if recipe.__name__ in names:
             (first if names[0] == recipe.__name__ else further).append(path)
-    return first or further
+    return first or further or whole
 
 
 def find_config(value: str) -> str:

@@ -14,14 +14,36 @@ from types import ModuleType
 from tqdm import tqdm
 
 import lightning_recipes
-from benchmarks.claims import aaer, glad, pego, pego_pacs, progressive_unfreezing
+from benchmarks.claims import (
+    aaer,
+    backdoor_adjustment,
+    glad,
+    levi,
+    lightweight_cnn,
+    logit_adjustment,
+    pego,
+    pego_pacs,
+    progressive_unfreezing,
+    projection_head,
+    sara,
+    slca,
+    svfit,
+)
 from benchmarks.claims.findings import Finding, measure, spread
 
 EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "AAER": [aaer],
+    "DualInputOutput": [lightweight_cnn],
+    "BackdoorAdjustment": [backdoor_adjustment],
     "GLAD": [glad],
+    "LEVI": [levi],
+    "LogitAdjustment": [logit_adjustment],
     "PEGO": [pego, pego_pacs],
     "ProgressiveUnfreezing": [progressive_unfreezing],
+    "ProjectionHead": [projection_head],
+    "SLCA": [slca],
+    "SVFit": [svfit],
+    "SaRA": [sara],
 }
 EVIDENCE = Path(lightning_recipes.__file__).parent / "evidence.json"
 

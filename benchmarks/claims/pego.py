@@ -53,7 +53,7 @@ def run(seed: int, **arguments: Any) -> Metrics:
     start, source, test = pretrained(seed, SOURCE)
     with seeded(seed):
         net, y = deepcopy(start), digits()[1]
-        recipe = PEGO(rank=2, groups=4, target=["net.0", "net.2"], train_fully=(), seed=seed, **arguments)
+        recipe = PEGO(rank=2, groups=4, target_modules=["net.0", "net.2"], train_fully=(), seed=seed, **arguments)
         x = torch.cat([turned(angle)[source] for angle in SEEN])
         batches = Batches(x, y[source].repeat(len(SEEN)), 96, seed)
         logged = fit(net, batches, EPOCHS, partial(Adam, lr=5e-3), callbacks=[recipe]).callback_metrics

@@ -2,9 +2,47 @@
 
 from lightning_recipes.callbacks.adapters.glad import GLAD
 from lightning_recipes.callbacks.adapters.pego import PEGO
+from lightning_recipes.callbacks.adapters.sara import SaRA
+from lightning_recipes.callbacks.adapters.svfit import SVFit
+from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
+from lightning_recipes.callbacks.continual.slca import SLCA
+from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
+from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
+from lightning_recipes.callbacks.finetuning.levi import LEVI
+from lightning_recipes.callbacks.finetuning.mixing import CutMix, Mixup
 from lightning_recipes.callbacks.finetuning.progressive_unfreezing import ProgressiveUnfreezing
+from lightning_recipes.callbacks.finetuning.projection_head import PrePostMonitor, ProjectionHead
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
+from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer
+from lightning_recipes.callbacks.robustness.backdoor_adjustment import BackdoorAdjustment
+from lightning_recipes.callbacks.robustness.cosine_head import CosineHead
+from lightning_recipes.callbacks.robustness.logit_adjustment import LogitAdjustment
+from lightning_recipes.callbacks.robustness.long_tail import LongTailMonitor
 from lightning_recipes.callbacks.robustness.robust_accuracy import RobustAccuracyMonitor
 
-__all__ = ["AAER", "GLAD", "PEGO", "ExactResume", "ProgressiveUnfreezing", "RobustAccuracyMonitor"]
+__all__ = [
+    "AAER",
+    "BANG",
+    "GLAD",
+    "LEVI",
+    "PEGO",
+    "SLCA",
+    "AdaptFormer",
+    "BackdoorAdjustment",
+    "CosineHead",
+    "CutMix",
+    "ExactResume",
+    "ForgettingMonitor",
+    "FreezeOut",
+    "LogitAdjustment",
+    "LongTailMonitor",
+    "Mixup",
+    "PrePostMonitor",
+    "ProgressiveUnfreezing",
+    "ProjectionHead",
+    "RobustAccuracyMonitor",
+    "SVFit",
+    "SaRA",
+    "WiSEFT",
+]

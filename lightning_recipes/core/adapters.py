@@ -236,12 +236,16 @@ class AdapterRecipe(Recipe):
         """
         from lightning_recipes.core.adapter_files import save_adapter
 
+        self.check_saves()
+        return save_adapter(self.operation, folder, root)
+
+    def check_saves(self) -> None:
+        """Raise where there are no adapters to save."""
         if self.operation is None or not self.operation.layers:
             raise RecipeError(
                 f"{type(self).__name__}: there are no adapters to save. Call it during the fit, keep them in the module"
                 " (merge_on_end=False), or have them written when the fit ends (adapter_dir)"
             )
-        return save_adapter(self.operation, folder, root)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.operation is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,33 @@ class History:
 
     def draw(self, path: str | Path, title: str, ylabel: str) -> Path | None:
         """Draw all values over the steps; None where matplotlib (the `plots` extra) is not installed."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return None
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for name, values in self.values.items():
-            axes.plot(self.steps[-len(values) :], values, marker="o", markersize=3, label=name)
-        axes.set(title=title, xlabel="optimizer step", ylabel=ylabel)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-        return path
+        curves = {name: (self.steps[-len(values) :], values) for name, values in self.values.items()}
+        return draw_curves(path, curves, title, "optimizer step", ylabel)
+
+
+def draw_curves(
+    path: str | Path,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> Path | None:
+    """Draw curves by name, each as (x, y); None where matplotlib (the `plots` extra) is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, marker="o", markersize=3, label=name)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def where_to_draw(trainer: pl.Trainer) -> Path | None:

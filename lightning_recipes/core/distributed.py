@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import lightning.pytorch as pl
@@ -65,6 +65,38 @@ def all_mean_(tensors: Sequence[Tensor]) -> None:
 def from_rank_zero(value: T, trainer: pl.Trainer) -> T:
     """A plain value that rank 0 decided, on every rank."""
     return trainer.strategy.broadcast(value) if active() else value
+
+
+def decided_on_rank_zero(decide: Callable[[], T], trainer: pl.Trainer | None) -> T:
+    """What `decide` returns on rank 0, on every rank; the others do not call it.
+
+    Raises:
+        RecipeError: on every rank, when it raised one on rank 0.
+    """
+    if not active():
+        return decide()
+    decided: T | None = None
+    refused: RecipeError | None = None
+    if dist.get_rank() == 0:
+        try:
+            decided = decide()
+        except RecipeError as error:
+            refused = error
+    decided, refusal = trainer.strategy.broadcast((decided, None if refused is None else str(refused)))
+    if refusal is not None:
+        raise refused or RecipeError(refusal)
+    return decided
+
+
+def broadcast_(tensors: Sequence[Tensor], trainer: pl.Trainer | None) -> None:
+    """Replace the values of each tensor by those of rank 0."""
+    if not active():
+        return
+    with torch.no_grad():
+        for tensor in tensors:
+            there = tensor.detach().to(trainer.strategy.root_device).contiguous()  # NCCL knows no CPU
+            dist.broadcast(there, 0)
+            tensor.copy_(there)
 
 
 def stateful_comm_hook(trainer: pl.Trainer) -> bool:

@@ -1,7 +1,9 @@
-"""The gradient socket: ordered edits of the true final gradient, and a second pass over the accumulation window.
+"""The gradient socket: ordered edits of the true final gradient, of the weights right after the update, and a second
+pass over the accumulation window.
 
 Lightning calls ``configure_gradient_clipping`` once a true step, always, after accumulation, all-reduce and unscaling
 and right before the update; it is wrapped on the instance. (Optimizer step pre-hooks come before there is a gradient.)
+An optimizer's post-hooks run right after the update, and not where the fp16 scaler skips it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_recipes.core import random
 from lightning_recipes.core.distributed import all_mean_, rank_and_world
@@ -35,11 +38,14 @@ class GradientSocket:
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.trainer, self.module = trainer, module
-        self._edits: dict[str, list[Edit]] = {"before_clip": [], "after_clip": []}
+        self._edits: dict[str, list[Edit]] = {"before_clip": [], "after_clip": [], "after_step": []}
+        self._watched: dict[Optimizer, RemovableHandle] = {}
         self._window: Window | None = None
 
-    def add(self, recipe: Recipe, edit: Edit, when: Literal["before_clip", "after_clip"] = "before_clip") -> None:
-        """Declare an edit of ``.grad`` (in place), called with the optimizer.
+    def add(
+        self, recipe: Recipe, edit: Edit, when: Literal["before_clip", "after_clip", "after_step"] = "before_clip"
+    ) -> None:
+        """Declare an edit of ``.grad`` (in place), called with the optimizer; for 'after_step' see :meth:`after_step`.
 
         Raises:
             RecipeError: under manual optimization, where the module steps by itself.
@@ -50,6 +56,17 @@ class GradientSocket:
                 " the module takes its optimizer steps itself"
             )
         self._edits[when].append(edit)
+
+    def after_step(self, recipe: Recipe, edit: Edit) -> None:
+        """Declare an edit of the weights (in place), called with the optimizer right after it has stepped.
+
+        A step that the fp16 scaler skips does not count. Clipping and edits of the gradient are over then; the groups
+        may be those of the update (:meth:`~lightning_recipes.core.parameters.ParameterTable.expanded`).
+
+        Raises:
+            RecipeError: under manual optimization.
+        """
+        self.add(recipe, edit, "after_step")
 
     def replay_window(
         self, recipe: Recipe, edit: Callable[[Optimizer, Window], None], run: Callable[[Any], Tensor] | None = None
@@ -77,6 +94,7 @@ class GradientSocket:
         if any(self._edits.values()):
             patch = Patch(self.module, "configure_gradient_clipping", lambda *a, **k: self._clip(patch, *a, **k))
             undo.callback(patch.restore)
+            undo.callback(self._unwatch)
 
     def check_parameters(self) -> None:
         """Refuse a second pass that has nothing to run for, or that would step; once what trains is known.
@@ -113,6 +131,18 @@ class GradientSocket:
         patch.original(optimizer, *args, **kwargs)
         for edit in self._edits["after_clip"]:
             edit(optimizer)
+        if self._edits["after_step"] and optimizer not in self._watched:  # from its first step on, whenever made
+            self._watched[optimizer] = optimizer.register_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for edit in self._edits["after_step"]:
+                edit(optimizer)
+
+    def _unwatch(self) -> None:
+        for handle in self._watched.values():
+            handle.remove()
+        self._watched.clear()
 
 
 class Window:
@@ -259,16 +289,16 @@ def skip_if_nonfinite(trainer: pl.Trainer, optimizer: Optimizer, gradients: Sequ
 def check_optimizers(trainer: pl.Trainer, recipe: Recipe) -> None:
     """Refuse optimizers that do not take one update from one finished gradient.
 
-    LBFGS asks for several gradients an update. Under fp16 a fused optimizer unscales inside its step: there is no true
-    gradient to edit before it.
+    LBFGS asks for several gradients an update. Under fp16 a fused optimizer unscales, and skips, inside its step: there
+    is no true gradient to edit before it, and nobody knows afterwards whether it stepped.
 
     Raises:
         RecipeError: names the optimizer.
     """
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise RecipeError(
-            f"{type(recipe).__name__} edits the gradient of an update, and LBFGS calls its closure several times for"
-            " one; use another optimizer"
+            f"{type(recipe).__name__} takes part in an update once, and LBFGS calls its closure several times for one;"
+            " use another optimizer"
         )
     plugin = trainer.precision_plugin
     if not isinstance(plugin, MixedPrecision) or plugin.scaler is None:
@@ -276,6 +306,6 @@ def check_optimizers(trainer: pl.Trainer, recipe: Recipe) -> None:
     for optimizer in trainer.optimizers:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             raise RecipeError(
-                f"{type(recipe).__name__} edits the unscaled gradient, and {type(optimizer).__name__}(fused=True)"
-                " unscales inside its step; use fused=False or bf16-mixed"
+                f"{type(recipe).__name__} works on the unscaled gradient or right after a step that was taken, and"
+                f" {type(optimizer).__name__}(fused=True) unscales inside its step; use fused=False or bf16-mixed"
             )

@@ -134,6 +134,7 @@ def encode(
     targets: list[Tensor] = []
     with modes_kept(module, training=False), random.forked(module.device, 0), gradients_allowed():
         for number, (batch, share) in enumerate(progress(samples)):
+            batch = trainer.precision_plugin.convert_input(batch)
             batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             with nullcontext() if full_precision else trainer.precision_plugin.forward_context():
                 seen = observe(trainer, module, batch, number, select).targets if run is None else run(batch, number)

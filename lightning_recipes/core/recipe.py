@@ -44,6 +44,8 @@ class Recipe(pl.Callback):
     use_when: ClassVar[str]
     costs: ClassVar[str]
 
+    log_prefix: ClassVar[str | None] = None
+    """What stands before the names that it logs; None is its class name in snake case."""
     couples_samples: ClassVar[bool] = False
     """Whether the loss of one sample depends on the others of its batch (a gate, a contrastive pair)."""
     refuses: ClassVar[Mapping[str, str]] = {}

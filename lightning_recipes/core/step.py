@@ -101,6 +101,7 @@ class Step:
         self.loss: Tensor | None = None
         self.notes: dict[StepRecipe, Any] = {}
         self.call: Call | None = None
+        self._weights: Tensor | None = None
         self._run, self._rest, self._recipes, self._select = run, tuple(rest), recipes, select
         self._calls: dict[str, int] = {}
 
@@ -140,6 +141,25 @@ class Step:
             self._run(batch, *self._rest)
         watch.check(needed=True)
         return Replay(inner.outputs, inner.targets, inner.loss, inner.call, inner.logits)
+
+    def loss_of(self, logits: Tensor) -> Any:
+        """The observed loss of other logits of this batch, through the recipes' logit transforms and with the targets
+        and weights that the loss had."""
+        for recipe in self._recipes:
+            if recipe.overrides("transform_logits"):
+                logits = recipe.transform_logits(self, logits)
+        return self.call.value(logits, self.targets, self._weights)
+
+    def share_of_loss(self) -> Tensor:
+        """d ``own_loss`` / d ``loss``, of the shape of ``loss``: its factor in what the module returned.
+
+        Raises:
+            RecipeError: when what the module returned does not depend on the observed loss.
+        """
+        (share,) = torch.autograd.grad(self.own_loss, self.loss, retain_graph=True, allow_unused=True)
+        if share is None:
+            raise RecipeError("the loss that the training step returns does not depend on the one that was observed")
+        return share
 
     def generator(self, recipe: StepRecipe, seed: int, stream: str) -> torch.Generator:
         """A CPU generator for a decision that all ranks share, keyed by (seed, epoch, batch, stream, call number)."""
@@ -190,6 +210,7 @@ class Step:
                 weight = recipe.loss_weights(self)
                 if weight is not None:
                     weights = weight if weights is None else weights * weight
+        self._weights = weights
         return self.logits, self.targets, weights
 
     def computed(self, call: Call, logits: Tensor, targets: Tensor, loss: Any) -> None:
@@ -332,7 +353,9 @@ def _rest(module: pl.LightningModule, batch_idx: int) -> tuple[int, ...]:
 
 
 def prefix(recipe: object) -> str:
-    """The log prefix of a recipe: its class name in snake case, an acronym as one word."""
+    """The log prefix of a recipe: its own, or its class name in snake case, an acronym as one word."""
+    if own := getattr(recipe, "log_prefix", None):
+        return own
     name = type(recipe).__name__
     out = ""
     for i, letter in enumerate(name):

@@ -74,8 +74,10 @@ class Operation:
 
 
 def as_structure(spec: Surgery) -> dict[str, Any]:
-    """A surgery as a checkpoint takes it."""
-    values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
+    """A surgery as a checkpoint takes it. A field with ``metadata={"stored": False}`` (a module of the user's) is left
+    out: the recipe gives it anew."""
+    stored = [f.name for f in fields(spec) if f.init and f.metadata.get("stored", True)]
+    values = {name: getattr(spec, name) for name in stored}
     return {"what": spec.what, "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 

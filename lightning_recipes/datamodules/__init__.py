@@ -2,11 +2,13 @@
 
 from lightning_recipes.datamodules.arrays import ArrayDataModule
 from lightning_recipes.datamodules.base import DataModule
+from lightning_recipes.datamodules.class_incremental import ClassIncrementalDataModule
 from lightning_recipes.datamodules.digits import DigitsDataModule
 from lightning_recipes.datamodules.domains import DomainDataModule, RotatedDigitsDataModule
 from lightning_recipes.datamodules.few_shot import FewShotDataModule
 from lightning_recipes.datamodules.folders import ImageFolderDataModule
 from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
+from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
 
@@ -14,6 +16,7 @@ __all__ = [
     "ArrayDataModule",
     "ByteTokenizer",
     "CharDataModule",
+    "ClassIncrementalDataModule",
     "DataModule",
     "DigitsDataModule",
     "DomainDataModule",
@@ -21,6 +24,7 @@ __all__ = [
     "ImageDataModule",
     "ImageFolderDataModule",
     "LabelledImages",
+    "LongTailedDataModule",
     "RotatedDigitsDataModule",
     "TextDataModule",
     "TorchvisionDataModule",

@@ -56,6 +56,12 @@ def few_shots(labels: Tensor | np.ndarray, shots: int, seed: int, classes: Itera
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, dtype=np.int64)
 
 
+def long_tail(labels: Tensor | np.ndarray, counts: Iterable[int], order: Iterable[int], seed: int) -> np.ndarray:
+    """Ascending indices of ``counts[i]`` samples of class ``order[i]``; fewer of a class are part of more of it."""
+    members = _members(labels, seed, "long tail")
+    return np.sort(np.concatenate([members[int(c)][:n] for c, n in zip(order, counts, strict=True)]))
+
+
 def cut(
     train: Any, val: Any, test: Any, val_fraction: float, test_fraction: float, fraction: float, seed: int
 ) -> tuple[Any, Any, Any]:

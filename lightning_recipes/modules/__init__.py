@@ -1,19 +1,42 @@
 """Stock LightningModules, which know nothing of recipes, and the nets and metrics that they use."""
 
 from lightning_recipes.modules.cifar_resnet import CifarResNet
+from lightning_recipes.modules.contrastive import (
+    ContrastivePretraining,
+    NTXentLoss,
+    SpectralContrastiveLoss,
+    SupConLoss,
+)
+from lightning_recipes.modules.dual_input_output import AugmentBatch, DualInputOutput, UnifiedClassifier
 from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
+from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
+from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.metrics import BaseToNovelAccuracy, harmonic_mean
 from lightning_recipes.modules.preact_resnet import PreActResNet18
+from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 from lightning_recipes.modules.small_cnn import SmallCNN
 
 __all__ = [
+    "AugmentBatch",
     "BaseToNovelAccuracy",
     "CausalLM",
     "CifarResNet",
+    "ContrastivePretraining",
+    "DualInputOutput",
+    "FixedReweighting",
+    "IdentityHead",
     "ImageClassifier",
+    "LEVIEnsemble",
+    "LightweightCNN",
+    "MLPHead",
+    "NTXentLoss",
     "PreActResNet18",
     "SmallCNN",
+    "SpectralContrastiveLoss",
+    "SupConLoss",
+    "SymmetricReLU",
     "TextClassifier",
+    "UnifiedClassifier",
     "harmonic_mean",
 ]

@@ -278,7 +278,7 @@ def _steps(folder: Path) -> int:
 
 
 def refused(row: Row, folder: Path) -> None:
-    """A pair that is to be refused: with what words, and that the module is as it was. Nothing is saved if it is not."""
+    """A pair that is to be refused: with what words, and whether the module is as it was."""
 
     def run(rank: int) -> None:
         torch.manual_seed(0)

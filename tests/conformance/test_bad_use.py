@@ -119,7 +119,7 @@ def test_a_run_that_breaks_off_later_still_saves(error: type[Exception], tmp_pat
             raise error("in mid-run")
 
     saving = [OnExceptionCheckpoint(tmp_path), ModelCheckpoint(tmp_path, save_on_exception=True, filename="{step}")]
-    recipe = callbacks.PEGO(1, 2, target=["0"])
+    recipe = callbacks.PEGO(1, 2, target_modules=["0"])
     trainer = quiet(callbacks=[recipe, Watch(on_train_batch_end=fail), *saving], enable_checkpointing=True)
     with pytest.raises(error, match="in mid-run"):
         trainer.fit(Classifier(), loader(*samples()))

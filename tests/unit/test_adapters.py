@@ -254,9 +254,13 @@ def test_adapters_may_stay(module, case):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (replace(SPEC, target=["nowhere"]), r"'nowhere' matches no layer; the linear layers are \[.*net\.head"),
-        (replace(SPEC, target=["patch_embed.proj"], rank=9), "rank must be at most the width of .*, 3; got 9"),
-        (replace(SPEC, rank=9), "rank must be at most the width of .*, 8; got 9"),
+        (replace(SPEC, target=["nowhere"]), r"'nowhere' matches no layer; the nearest are \['net"),
+        (replace(SPEC, target=["fc3"]), r"'fc3' matches no layer; the nearest are \[.*mlp\.fc1"),
+        (
+            replace(SPEC, target=["patch_embed.proj"], rank=9),
+            r"at most the width of .*, 3 \(its weight is \[8, 3, 4, 4\]\); got 9",
+        ),
+        (replace(SPEC, rank=9), r"rank must be at most the width of .*, 8 \(its weight is \[8, 8\]\); got 9"),
         (replace(SPEC, target=["blocks.0.norm1"]), r"blocks\.0\.norm1 is a LayerNorm; adapters go on"),
         (replace(SPEC, train_fully=["nowhere"]), "train_fully: 'nowhere' matches no parameter"),
     ],

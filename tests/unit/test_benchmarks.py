@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import multiprocessing
+import random
 import sys
 
 import pytest
@@ -16,6 +17,9 @@ from benchmarks import __main__ as command
 from benchmarks import cases, loops, turns
 from benchmarks.cases import CASES, build
 from benchmarks.turns import Settings
+from lightning_recipes.core.adapters import Adapters
+from lightning_recipes.core.mixing import Mix, Mixing
+from lightning_recipes.callbacks.adapters import sara
 from lightning_recipes.core.step import Step
 from lightning_recipes.modules import ImageClassifier
 from tests.stock import Watch, loader, quiet
@@ -44,13 +48,22 @@ def net(name):
 
 @pytest.fixture
 def same_noise(monkeypatch):
-    """Random starts are the same in a recipe and in a loop; when called, they begin anew."""
+    """Random starts and mixes are the same in a recipe and in a loop; when called, they begin anew."""
 
     def begin():
         generator = torch.Generator().manual_seed(1)
         monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape, generator=generator))
+        draws = random.Random(1)
+        monkeypatch.setattr(loops, "random", draws)
+        monkeypatch.setattr(torch, "randperm", lambda count: torch.tensor(draws.sample(range(count), count)))
 
+    def mix_by_hand(mixing, recipe, step, x):
+        alpha = getattr(recipe, "mixup_alpha", recipe.alpha)
+        return Mix(*loops.mix(x.shape[-1], len(x), mixing.kind == "cutmix", alpha, mixing.prob))
+
+    monkeypatch.setattr(Mixing, "_decide", mix_by_hand)
     monkeypatch.setattr(Step, "uniform", lambda self, recipe, seed, stream, like: torch.rand_like(like))
+    monkeypatch.setattr(sara, "drawn", lambda seed, step, count: step % count)
     return begin
 
 
@@ -59,7 +72,7 @@ def first_adapters(recipes, into):
 
     def keep(trainer, module):
         for recipe in recipes:
-            if getattr(recipe, "adapters", None) is not None:
+            if isinstance(getattr(recipe, "operation", None), Adapters):
                 into.extend(torch.cat([a.detach().clone() for a in group]) for _, group, _ in recipe.operation.pairs())
 
     return Watch(on_train_start=keep)
@@ -101,12 +114,14 @@ def test_the_loop_by_hand_ends_with_the_weights_of_the_recipe(name, same_noise, 
     monkeypatch.setattr(loops, "with_lora", with_the_same_lora)
     by_hand = copy.deepcopy(start)
     same_noise()
+    torch.manual_seed(0)  # what a recipe's seed gives the parts that it makes
     case.loop(by_hand, data(), loops.nullcontext)
 
     expected, found, before = module.net.state_dict(), folded(by_hand), start.state_dict()
+    expected = {key.removeprefix("base."): value for key, value in expected.items()}  # a kept ensemble's
     assert found.keys() == expected.keys()
-    moved = [key for key in expected if not torch.equal(expected[key], before[key])]
-    assert moved and moved == [key for key in found if not torch.equal(found[key], before[key])]
+    moved = [key for key in expected if key not in before or not torch.equal(expected[key], before[key])]
+    assert moved and moved == [key for key in found if key not in before or not torch.equal(found[key], before[key])]
     for key in moved:
         assert torch.allclose(found[key], expected[key], rtol=1e-6, atol=1e-7), key
 
@@ -132,6 +147,9 @@ def test_what_the_loops_add_to_plain_training_acts_on_the_data_of_these_tests(sa
         (loops.aaer, resnet, {"project": False}),
         (loops.pego, vit, {"weight": 0.0}),
         (loops.glad, vit, {"mix": 0.0}),
+        (loops.sara, lambda: net("vit"), {"weight": 0.0}),
+        (loops.mixing, resnet, {"prob": 0.0}),
+        (loops.wise_ft, resnet, {"alpha": 1.0}),
     ):
         assert (train(loop, network) - train(loop, network, **off)).abs().max() > 1e-4, off
 
@@ -241,6 +259,19 @@ def test_peak_memory_says_what_unfreezing_saves(tiny):
     weights = sum(p.nbytes for p in net("resnet").parameters())
     assert peaks["plain"] - peaks["recipe"] > 3 * 0.9 * weights  # no gradients and no state of AdamW but the head's
     assert peaks["loop with method"] == pytest.approx(peaks["recipe"], rel=0.1)
+
+
+def test_peak_memory_says_what_training_a_tenth_of_the_entries_saves(tiny):
+    """Against all of them, in bytes for each: a gradient, two moments of AdamW, and what its step makes meanwhile."""
+    peaks = {}
+    for variant in ("plain", "recipe", "loop with method"):
+        ours, theirs = told(0)
+        turns.run("SaRA", variant, "memory", Settings(batch=1), theirs)
+        peaks[variant] = ours.recv()
+    weights = sum(p.nbytes for p in net("vit").parameters())
+    assert peaks["plain"] > 4 * weights
+    assert peaks["recipe"] < 2.5 * weights
+    assert peaks["loop with method"] == pytest.approx(peaks["recipe"], rel=0.15)
 
 
 def test_a_slow_moment_that_hits_a_whole_round_does_not_show_in_the_factors():

@@ -165,8 +165,8 @@ def recipes():
         "AAER": AAER(epsilon=0.3),
         "GLAD": GLAD(rank=1, target_modules=layers),
         "GLAD without adapters": GLAD(rank=None),
-        "PEGO": PEGO(rank=1, groups=2, target=layers),
-        "PEGO that would stay": PEGO(rank=1, groups=2, target=layers, merge_on_end=False),
+        "PEGO": PEGO(rank=1, groups=2, target_modules=layers),
+        "PEGO that would stay": PEGO(rank=1, groups=2, target_modules=layers, merge_on_end=False),
         "ProgressiveUnfreezing": ProgressiveUnfreezing(at=(0, 1, 2), lr_scale=0.5),
         "RobustAccuracyMonitor": RobustAccuracyMonitor(attack="fgsm"),
     }

@@ -31,6 +31,17 @@ class Edit2(Edit):
     pass
 
 
+class AfterStep(Recipe):
+    """Calls ``edit`` with the optimizer after every true step."""
+
+    def __init__(self, edit):
+        super().__init__()
+        self.edit = edit
+
+    def declare(self, plan):
+        plan.after_step(self.edit)
+
+
 class Again(Recipe):
     """Runs the window again at weights moved by ``shift`` and keeps both gradients."""
 
@@ -128,6 +139,67 @@ def test_two_edits_at_one_place_run_in_order():
     assert order == ["a", "b"]
 
 
+def test_an_edit_after_the_step_sees_the_new_weights_once_an_update():
+    module, seen, expected = Classifier(), [], []
+    recipe = AfterStep(lambda optimizer: seen.append((optimizer, weights(module.net))))
+    watch = Watch(on_train_batch_end=lambda *args: expected.append(weights(module.net)))
+    trainer = fit(module, recipe, watch, accumulate_grad_batches=2)
+    assert len(seen) == 3  # 5 batches: two windows of 2, and a short one
+    assert [optimizer for optimizer, _ in seen] == trainer.optimizers * 3
+    for (_, after), end in zip(seen, expected[1::2] + expected[-1:], strict=True):
+        assert same(after, end)
+    assert not same(seen[0][1], weights(mlp()))
+
+
+def test_what_an_edit_after_the_step_writes_stays_and_decay_and_momentum_do_not_move_it():
+    kept = mlp()[2].weight.detach().clone()
+    module = Classifier(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1))
+    fit(module, AfterStep(lambda _: module.net[2].weight.copy_(kept)))
+    assert torch.equal(module.net[2].weight, kept)
+    assert module.net[2].weight.requires_grad and not torch.equal(module.net[0].weight, mlp()[0].weight)
+
+
+def test_edits_run_before_the_clipping_after_it_and_after_the_step():
+    order, module = [], Classifier()
+
+    def note(what):
+        return lambda _: order.append((what, same(weights(module.net), weights(mlp()))))
+
+    recipes = [AfterStep(note("after_step")), Edit(note("after_clip"), "after_clip"), Edit2(note("before_clip"))]
+    fit(module, *recipes, limit_train_batches=1, gradient_clip_val=0.1)
+    assert order == [("before_clip", True), ("after_clip", True), ("after_step", False)]
+
+
+def test_a_second_optimizer_of_a_fit_is_watched_from_its_first_step():
+    stepped, module = [], Classifier()
+
+    def replace(trainer, *args):
+        if trainer.global_step == 2:
+            trainer.strategy.optimizers = [torch.optim.Adam(module.parameters(), lr=0.1)]
+
+    recipe = AfterStep(lambda optimizer: stepped.append(type(optimizer).__name__))
+    fit(module, recipe, Watch(on_train_batch_start=replace), limit_train_batches=4)
+    assert stepped == ["SGD", "SGD", "Adam", "Adam"]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_afterwards_no_optimizer_has_a_hook_of_ours(stops):
+    module, trainer = Classifier(), quiet(callbacks=[AfterStep(lambda _: None)])
+
+    def stop(*args):
+        if stops:
+            raise RuntimeError("stop")
+
+    trainer.callbacks.append(Watch(on_train_batch_end=stop))
+    if stops:
+        with pytest.raises(RuntimeError, match="stop"):
+            trainer.fit(module, loader(X, Y))
+    else:
+        trainer.fit(module, loader(X, Y))
+    assert trainer.optimizers and not trainer.optimizers[0]._optimizer_step_post_hooks
+    assert "configure_gradient_clipping" not in module.__dict__
+
+
 def test_the_modules_own_clipping_still_runs():
     class Clips(Classifier):
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
@@ -144,7 +216,7 @@ def test_the_modules_own_clipping_still_runs():
 def test_manual_optimization_is_refused():
     module = Classifier()
     module.automatic_optimization = False
-    for recipe in (Edit(print), Again()):
+    for recipe in (Edit(print), Again(), AfterStep(print)):
         with pytest.raises(RecipeError, match="needs automatic optimization"):
             fit(module, recipe)
 
@@ -324,7 +396,7 @@ def test_nothing_is_left_of_the_window_when_the_fit_is_over():
 
 @pytest.mark.parametrize("make", [lambda p: torch.optim.LBFGS(p, max_iter=2)])
 def test_an_optimizer_that_calls_its_closure_again_is_refused(make):
-    for recipe in (Again(), Edit(lambda optimizer: None)):
+    for recipe in (Again(), Edit(lambda optimizer: None), AfterStep(lambda optimizer: None)):
         with pytest.raises(RecipeError, match="LBFGS"):
             fit(Classifier(optimizer=make), recipe)
 
@@ -362,10 +434,22 @@ def test_a_sharp_gradient_that_is_not_finite_skips_the_step(bad):
     assert trainer.global_step == 1
 
 
+def test_a_step_that_fp16_skips_is_not_followed_by_an_edit():
+    class Breaks(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 1 else 1)
+
+    module, seen = Breaks(), []
+    recipe = AfterStep(lambda optimizer: seen.append(module.trainer.fit_loop.batch_idx))
+    trainer = fit(module, recipe, plugins=[half()])
+    assert seen == [0, 2, 3, 4] and trainer.global_step == 5
+
+
 def test_fp16_with_an_optimizer_that_unscales_by_itself_is_refused():
-    module = Classifier(optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True))
-    with pytest.raises(RecipeError, match=r"AdamW\(fused=True\) unscales"):
-        fit(module, Edit(lambda _: None), plugins=[half()])
+    for recipe in (Edit(lambda _: None), AfterStep(lambda _: None)):
+        module = Classifier(optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True))
+        with pytest.raises(RecipeError, match=r"AdamW\(fused=True\) unscales"):
+            fit(module, recipe, plugins=[half()])
 
 
 def test_a_fused_optimizer_is_fine_without_fp16():

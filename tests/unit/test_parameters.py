@@ -299,7 +299,7 @@ def test_adapters_join_the_group_of_their_neighbours(recipe):
     )
     module = Classifier(optimizer=optimizer)
     made = {
-        "PEGO": PEGO(rank=1, groups=2, target=["0", "2"], train_fully=["head"]),
+        "PEGO": PEGO(rank=1, groups=2, target_modules=["0", "2"], train_fully=["head"]),
         "GLAD": GLAD(rank=1, target_modules=["0", "2"]),
     }[recipe]
     fit(module, made, watch)

@@ -122,7 +122,7 @@ def test_weight_0_and_one_group_is_bitwise_plain_lora():
     reference = plain_lora(2, seed=5)
     fit(reference, epochs=2)
     module = Classifier(optimizer=lambda parameters: torch.optim.AdamW(parameters))
-    fit(module, PEGO(rank=2, groups=1, weight=0, target=LAYERS, merge_on_end=False, seed=5), epochs=2)
+    fit(module, PEGO(rank=2, groups=1, weight=0, target_modules=LAYERS, merge_on_end=False, seed=5), epochs=2)
     assert same(weights(module), weights(reference))
     assert weights(module)["net.0.lora_B.g0.weight"].abs().sum() > 0
 
@@ -136,7 +136,7 @@ def test_several_groups_with_weight_0_are_one_lora_of_the_stacked_rank():
             kept[i] = torch.cat([layer.lora_A[f"g{j}"].weight.detach().clone() for j in range(3)])
 
     module = Classifier()
-    fit(module, PEGO(rank=2, groups=3, weight=0, target=LAYERS), Watch(on_train_start=stack))
+    fit(module, PEGO(rank=2, groups=3, weight=0, target_modules=LAYERS), Watch(on_train_start=stack))
     reference = plain_lora(6, seed=0)
     reference.make_optimizer = lambda _: torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.1)
     with torch.no_grad():
@@ -162,7 +162,9 @@ def test_a_fit_equals_the_dense_loop(preserve, diversify, accumulate):
         values.update({name: p.detach().clone() for name, p in module.named_parameters()})
 
     module = Classifier()
-    recipe = PEGO(rank=2, groups=2, weight=0.01, target=LAYERS, preserve=preserve, diversify=diversify, scaling=2.0)
+    recipe = PEGO(
+        rank=2, groups=2, weight=0.01, target_modules=LAYERS, preserve=preserve, diversify=diversify, scaling=2.0
+    )
     fit(module, recipe, Watch(on_train_start=copy_values), epochs=2, accumulate_grad_batches=accumulate)
 
     free = {n: v.requires_grad_() for n, v in values.items() if "lora_" in n or n.startswith("net.4")}
@@ -196,7 +198,7 @@ def test_a_fit_equals_the_dense_loop(preserve, diversify, accumulate):
 
 
 def test_it_logs_its_terms_and_overlaps():
-    trainer = fit(Classifier(), PEGO(rank=1, groups=2, target=LAYERS))
+    trainer = fit(Classifier(), PEGO(rank=1, groups=2, target_modules=LAYERS))
     names = {"orthogonal_loss", "preserve", "diversify", "overlap_with_w", "overlap_of_pairs"}
     assert {f"pego/{name}" for name in names} <= set(trainer.callback_metrics)
     metrics = {name: trainer.callback_metrics[f"pego/{name}"].item() for name in names}
@@ -205,14 +207,14 @@ def test_it_logs_its_terms_and_overlaps():
 
 
 def test_the_logged_loss_does_not_depend_on_accumulation():
-    trainer = fit(Classifier(), PEGO(rank=1, groups=2, target=LAYERS), accumulate_grad_batches=2, epochs=2)
+    trainer = fit(Classifier(), PEGO(rank=1, groups=2, target_modules=LAYERS), accumulate_grad_batches=2, epochs=2)
     metrics = {name: trainer.callback_metrics[f"pego/{name}"].item() for name in ("orthogonal_loss", "preserve")}
     diversify = trainer.callback_metrics["pego/diversify"].item()
     assert metrics["orthogonal_loss"] == pytest.approx(1e-3 * (metrics["preserve"] + diversify), rel=1e-4)
 
 
 def test_nothing_is_computed_at_weight_0():
-    trainer = fit(Classifier(), PEGO(rank=1, groups=2, weight=0, target=LAYERS))
+    trainer = fit(Classifier(), PEGO(rank=1, groups=2, weight=0, target_modules=LAYERS))
     assert "pego/preserve" not in trainer.callback_metrics
 
 
@@ -223,15 +225,15 @@ def test_batch_norm_statistics_are_warned_of():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
     with pytest.warns(UserWarning, match="PEGO freezes weights, not batch-norm statistics"):
-        fit(Classifier(net), PEGO(rank=1, target=["0"]))
+        fit(Classifier(net), PEGO(rank=1, target_modules=["0"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=UserWarning, message="(?!PEGO)")
         warnings.filterwarnings("ignore", category=Warning, module="torch|lightning")
-        fit(Classifier(), PEGO(rank=1, target=LAYERS))
+        fit(Classifier(), PEGO(rank=1, target_modules=LAYERS))
 
 
 def test_a_weight_that_dominates_is_warned_of_after_50_steps():
     with pytest.warns(UserWarning, match=r"PEGO: weight x L_o is .* against a loss of .* after 50 steps"):
         module = Classifier(optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.1))
-        fit(module, PEGO(rank=2, target=LAYERS, weight=1e4), epochs=11)
+        fit(module, PEGO(rank=2, target_modules=LAYERS, weight=1e4), epochs=11)

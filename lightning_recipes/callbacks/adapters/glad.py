@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_recipes.core.adapters import Adapters, AdapterSpec
+from lightning_recipes.core.adapters import AdapterRecipe, AdapterSpec
 from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.gradients import Window, global_norm, optimized, skip_if_nonfinite
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.recipe import Paper, Recipe
+from lightning_recipes.core.recipe import Paper
 
 
 def ascent(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
@@ -49,7 +49,7 @@ def measures(gradients: Sequence[Tensor], sharp: Sequence[Tensor], rise: Tensor)
     return {"glad/grad_norm": plain, "glad/sam_grad_norm": sam, "glad/cosine": cosine, "glad/sharpness": rise}
 
 
-class GLAD(Recipe):
+class GLAD(AdapterRecipe):
     """LoRA adapters trained along a mixture of the ordinary and the sharpness-aware gradient.
 
     Args:
@@ -63,7 +63,8 @@ class GLAD(Recipe):
         train_fully: what trains beside the adapters; 'head' finds the head.
         replay: name of a method of the module from batch to loss, for a ``training_step`` that cannot be run twice
             (queues, momentum encoders, fresh draws); None runs the step again.
-        merge_on_end: fold the adapters into the stock weights when the fit ends.
+        merge_on_end: fold the adapters into the stock weights when the fit ends; False keeps them in the module.
+        adapter_dir: folder that gets the adapters in peft's format when the fit ends; None writes none.
         seed: of the adapters' first values.
 
     Raises:
@@ -87,9 +88,6 @@ class GLAD(Recipe):
         "ProgressiveShrinking": "both run further passes in a step",
         "NormalizedGD": "its factor assumes the plain gradient",
     }
-    free_on_resume = frozenset({"merge_on_end"})
-
-    operation: Adapters | None = None
 
     def __init__(
         self,
@@ -103,6 +101,7 @@ class GLAD(Recipe):
         train_fully: Sequence[str] = ("head",),
         replay: str | None = None,
         merge_on_end: bool = True,
+        adapter_dir: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -118,9 +117,12 @@ class GLAD(Recipe):
         some = target_modules is None or len(target_modules) > 0
         check_argument(some, self, "target_modules", target_modules, "None or names of at least one module")
         check_argument(not isinstance(train_fully, str), self, "train_fully", train_fully, "a list of names")
+        check_argument(
+            adapter_dir is None or rank is not None, self, "adapter_dir", adapter_dir, "None when rank is None"
+        )
         self.mix, self.rho, self.rank, self.lora_alpha, self.lora_dropout = mix, rho, rank, lora_alpha, lora_dropout
         self.target_modules, self.params, self.train_fully = target_modules, params, train_fully
-        self.replay, self.merge_on_end, self.seed = replay, merge_on_end, seed
+        self.replay, self.merge_on_end, self.adapter_dir, self.seed = replay, merge_on_end, adapter_dir, seed
 
     @property
     def neutral(self) -> bool:

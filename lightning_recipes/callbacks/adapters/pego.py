@@ -18,14 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_recipes.core.adapters import Adapters, AdapterSpec
+from lightning_recipes.core.adapters import AdapterRecipe, AdapterSpec
 from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Paper, StepRecipe
@@ -90,7 +90,7 @@ def _products(w: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tens
     return with_w, _AbsoluteSum.apply(first_b @ (first_a @ second_a.mT), second_b)
 
 
-class PEGO(StepRecipe):
+class PEGO(AdapterRecipe, StepRecipe):
     """Freeze the network, give its attention a group of LoRA adapters, and keep them orthogonal to it and each other.
 
     Args:
@@ -98,12 +98,13 @@ class PEGO(StepRecipe):
         groups: N, adapters a projection.
         weight: lambda. It stands on a SUM over d^2 entries, blocks and pairs: scale it by hand for other widths than
             ViT-B's 768.
-        target: 'qv' for the query and value projections of every attention block (split, fused or packed), or names of
-            modules.
+        target_modules: names of modules, 'all-linear', or roles as one word; None is 'qv', the query and value
+            projections of every attention block (split, fused or packed).
         preserve, diversify: use the term against W, and the one between adapters.
         scaling: factor on the updates in the forward pass; L_o is on the plain B A.
-        train_fully: what else trains; 'head' finds the head.
+        train_fully: what trains beside the adapters; 'head' finds the head.
         merge_on_end: fold the adapters into the stock weights when the fit ends; False keeps them in the module.
+        adapter_dir: folder that gets the adapters in peft's format when the fit ends; None writes none.
         seed: of the adapters' first values.
 
     Raises:
@@ -127,21 +128,19 @@ class PEGO(StepRecipe):
     )
     of_weights_alone = True
     owns_training_set = True
-    free_on_resume = frozenset({"merge_on_end"})
-
-    operation: Adapters | None = None
 
     def __init__(
         self,
         rank: int = 4,
         groups: int = 4,
         weight: float = 1e-3,
-        target: Literal["qv"] | list[str] = "qv",
+        target_modules: str | list[str] | None = None,
         preserve: bool = True,
         diversify: bool = True,
         scaling: float = 1.0,
         train_fully: Sequence[str] = ("head",),
         merge_on_end: bool = True,
+        adapter_dir: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -149,15 +148,16 @@ class PEGO(StepRecipe):
         check_argument(groups >= 1, self, "groups", groups, "at least 1")
         check_argument(weight >= 0, self, "weight", weight, "at least 0")
         check_argument(scaling > 0, self, "scaling", scaling, "positive")
-        check_argument(len(target) > 0, self, "target", target, "'qv' or names of at least one module")
+        some = target_modules is None or len(target_modules) > 0
+        check_argument(some, self, "target_modules", target_modules, "None or names of at least one module")
         check_argument(not isinstance(train_fully, str), self, "train_fully", train_fully, "a list of names")
         if groups == 1 and diversify and not preserve and weight > 0:
             raise RecipeError(
                 "PEGO: with groups=1 there are no pairs, so diversify alone is an empty term; set preserve=True"
             )
-        self.rank, self.groups, self.weight, self.target = rank, groups, weight, target
+        self.rank, self.groups, self.weight, self.target_modules = rank, groups, weight, target_modules
         self.preserve, self.diversify, self.scaling = preserve, diversify, scaling
-        self.train_fully, self.merge_on_end, self.seed = train_fully, merge_on_end, seed
+        self.train_fully, self.merge_on_end, self.adapter_dir, self.seed = train_fully, merge_on_end, adapter_dir, seed
         self._steps = 0
 
     @property
@@ -166,9 +166,8 @@ class PEGO(StepRecipe):
 
     def declare(self, plan: Plan) -> None:
         names = [f"g{i}" for i in range(self.groups)]
-        plan.surgery(
-            AdapterSpec(names, self.rank, self.scaling * self.rank, 0.0, self.target, self.train_fully, self.seed)
-        )
+        target = "qv" if self.target_modules is None else self.target_modules
+        plan.surgery(AdapterSpec(names, self.rank, self.scaling * self.rank, 0.0, target, self.train_fully, self.seed))
         if self._regularises and plan.fitting:
             plan.step(self)
         if plan.fitting and has_batch_norm(plan.module):

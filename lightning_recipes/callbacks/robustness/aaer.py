@@ -143,7 +143,7 @@ class AAER(StepRecipe):
     couples_samples = True
     needs_criterion = True
     comes_after: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("Mixup", "CutMix"), "the attack must start from the mixed batch that the module trains on"
+        ("Mixup", "CutMix", "BANG"), "the attack must start from the mixed batch that the module trains on"
     )
 
     def __init__(

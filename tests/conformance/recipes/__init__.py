@@ -3,7 +3,8 @@
 A file has ``ROWS``, the settings over which every guarantee is checked; ``MEMBERS``, settings that run on the same
 small network, for the pairs; ``REFUSED``, pairs of class names that are refused, with words that the error must have;
 ``OTHER``, another value of one argument of each class, for a resume; ``AUTOMATIC`` and ``SURGERY``, names of classes
-that need automatic optimization and that change the network's structure; ``misuses()``, everything that can be done
+that need automatic optimization and that change the network's structure; ``DATA``, for a class that needs data of its
+own, what they are (as in a row); ``misuses()``, everything that can be done
 wrong; and ``cannot_attach(row)``, the row on a module that it cannot take. What a card does not have is left out.
 """
 
@@ -16,9 +17,10 @@ from importlib import import_module
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import TensorDataset
 
 from ..misuse import Misuse
-from ..table import Row, small_vit
+from ..table import Row, first_digits, small_vit
 
 CARDS = [import_module(f"{__name__}.{each.name}") for each in pkgutil.iter_modules(__path__)]
 
@@ -33,6 +35,7 @@ REFUSED: dict[tuple[str, str], str] = _all("REFUSED")
 OTHER: dict[str, dict[str, Any]] = _all("OTHER")
 AUTOMATIC: list[str] = [name for card in CARDS for name in getattr(card, "AUTOMATIC", [])]
 SURGERY: list[str] = [name for card in CARDS for name in getattr(card, "SURGERY", [])]
+DATA: dict[str, Callable[[int], TensorDataset]] = _all("DATA")
 MISUSES: list[Misuse] = [each for card in CARDS if hasattr(card, "misuses") for each in card.misuses()]
 CANNOT_ATTACH: list[Misuse] = [
     each for card in CARDS if hasattr(card, "cannot_attach") for row in card.ROWS for each in card.cannot_attach(row)
@@ -48,7 +51,8 @@ def pairs() -> list[Row]:
             continue
         if second.__name__ in first.comes_after:
             a, b = b, a
-        found.append(Row(f"{a} + {b}", lambda a=a, b=b: [MEMBERS[a](), MEMBERS[b]()], network=small_vit))
+        data = DATA.get(first.__name__) or DATA.get(second.__name__, first_digits)
+        found.append(Row(f"{a} + {b}", lambda a=a, b=b: [MEMBERS[a](), MEMBERS[b]()], network=small_vit, data=data))
     return found
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_recipes.callbacks import AAER, RobustAccuracyMonitor
+from lightning_recipes.callbacks import AAER, Mixup, RobustAccuracyMonitor
 from lightning_recipes.core.recipe import StepRecipe
 from tests.conformance.misuse import (
     Embeds,
@@ -42,13 +41,6 @@ ROWS = [
 MEMBERS = {"AAER": lambda: AAER(0.1), "RobustAccuracyMonitor": _monitor}
 AUTOMATIC = ["AAER"]
 OTHER = {"AAER": {"lambda3": 0.25}, "RobustAccuracyMonitor": {"epsilon": 0.2}}
-
-
-class Mixup(StepRecipe):
-    """Stands for a recipe that mixes batches."""
-
-    def transform_batch(self, step: Any, batch: Any) -> Any:
-        return batch
 
 
 class Observes(StepRecipe):

@@ -66,13 +66,14 @@ def misuses() -> list[Misuse]:
         argument(GLAD, "lora_alpha must be positive; got 0", lora_alpha=0),
         argument(GLAD, r"lora_dropout must be in \[0, 1\); got 1\.0", lora_dropout=1.0),
         argument(GLAD, "params must be 'trainable' or 'adapters'; got 'all'", params="all"),
+        argument(GLAD, "adapter_dir must be None when rank is None; got 'out'", adapter_dir="out", rank=None),
         argument(GLAD, "params must be 'trainable' when rank is None; got 'adapters'", params="adapters", rank=None),
         argument(GLAD, r"target_modules must be None or names of at least one module; got \[\]", target_modules=[]),
         argument(GLAD, "train_fully must be a list of names; got 'head'", train_fully="head"),
         glad("no attention", f"found no attention block with .*; its {linear}: name those to adapt", lambda: [GLAD()]),
         glad(
             "a target that matches nothing",
-            f"target 'nothing' matches no layer; the {linear}",
+            r"target 'nothing' matches no layer; the nearest are \['net\.0', 'net\.2', 'net\.4'\]",
             lambda: [GLAD(target_modules=["nothing"])],
         ),
         glad(
@@ -132,7 +133,7 @@ def misuses() -> list[Misuse]:
         glad(
             "PEGO beside it",
             "GLAD and PEGO cannot share a Trainer: both adapt the layers' weights",
-            lambda: [GLAD(target_modules=["0"]), PEGO(target=["2"])],
+            lambda: [GLAD(target_modules=["0"]), PEGO(target_modules=["2"])],
         ),
         glad(
             "Lightning's own finetuning beside its adapters",

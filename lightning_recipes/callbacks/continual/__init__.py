@@ -1,0 +1,1 @@
+"""Recipes for classes or tasks that come one after the other."""

@@ -1,0 +1,155 @@
+"""What a module, as it stands, makes of the data that a fit holds, without leaving a trace in the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.random import forked, key
+from lightning_recipes.core.silence import gradients_allowed, modes_kept, silent
+from lightning_recipes.core.step import Replay, _rest, _stock_step, observe
+
+ENDLESS = 200
+"""Batches that are read of training data without a length."""
+
+
+@dataclass(frozen=True)
+class Loader:
+    """One loader of a fit.
+
+    Attributes:
+        batches: makes the batches, as the loader gives them.
+        limit: how many of them the Trainer takes.
+        index: of the loader among its kind.
+    """
+
+    batches: Iterable[Any]
+    limit: float
+    index: int = 0
+
+
+def validation_loaders(trainer: pl.Trainer) -> list[Loader]:
+    """The validation loaders of a fit, all of them; made if the fit has not validated yet. Empty without any."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._combined_loader is None:
+        stage = trainer.state.stage
+        trainer.validating = True
+        try:
+            loop.setup_data()
+        finally:
+            trainer.state.stage = stage
+    if loop._combined_loader is None:
+        return []
+    limits = loop._max_batches
+    return [Loader(each, limits[i], i) for i, each in enumerate(loop._combined_loader.flattened)]
+
+
+def has_validation(trainer: pl.Trainer) -> bool:
+    """Whether a fit has anything to validate on, before its loaders are made."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return bool(source.is_defined()) and trainer.limit_val_batches != 0
+
+
+def training_loader(trainer: pl.Trainer) -> Loader:
+    """The training data of a fit, once through."""
+    combined = trainer.fit_loop._combined_loader
+    alone = len(combined.flattened) == 1
+    batches = combined.flattened[0] if alone else (triple[0] for triple in combined)
+    limit = trainer.num_training_batches
+    return Loader(batches, limit if limit != float("inf") else ENDLESS)
+
+
+def on_device(trainer: pl.Trainer, loader: Loader) -> Iterator[Any]:
+    """The batches of a loader as a step of this fit gets them."""
+    module = trainer.lightning_module
+    for number, batch in enumerate(loader.batches):
+        if number >= loader.limit:
+            return
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=loader.index)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=loader.index)
+
+
+@contextmanager
+def apart(trainer: pl.Trainer, *stream: int | str) -> Iterator[None]:
+    """Eval mode, gradients allowed, the fit's precision; what is drawn hangs on `stream` alone, and modes and the
+    random state end as they began.
+    """
+    module = trainer.lightning_module
+    with (
+        gradients_allowed(),
+        modes_kept(module, training=False),
+        forked(module.device, key(*stream)),
+        trainer.precision_plugin.forward_context(),
+    ):
+        yield
+
+
+def classified(replay: Replay) -> bool:
+    """Whether what a step computed is a classification: a loss of logits ``[n, classes]`` for ``[n]`` labels."""
+    return replay.call.classifies and replay.logits.dim() == 2 and len(replay.targets) == len(replay.logits)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a classifier made of this rank's samples of one loader, in order.
+
+    Attributes:
+        correct: bool ``[n]``.
+        confidence: the largest probability of each, fp32 ``[n]``.
+    """
+
+    correct: Tensor
+    confidence: Tensor
+
+
+def outcomes(
+    trainer: pl.Trainer,
+    loaders: Iterable[Loader],
+    criterion: str | int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Outcome]:
+    """Have the module's own step classify every loader, silently and in eval mode.
+
+    Args:
+        trainer: in a fit.
+        loaders: of batches with labels.
+        criterion: which loss of the step to read logits and labels from.
+        advance: called after every batch.
+
+    Raises:
+        RecipeError: for a step that does not classify.
+    """
+    found = []
+    for loader in loaders:
+        correct, confidence = [], []
+        with apart(trainer, "outcomes", loader.index):
+            for number, batch in enumerate(on_device(trainer, loader)):
+                seen = observe(trainer, trainer.lightning_module, batch, number, criterion)
+                if not classified(seen):
+                    raise RecipeError(
+                        f"accuracy needs a classification loss of logits [n, classes]; the observed one got"
+                        f" {tuple(seen.logits.shape)} and targets {tuple(seen.targets.shape)}"
+                    )
+                logits = seen.logits.detach().float()
+                labels = seen.targets.argmax(1) if seen.targets.is_floating_point() else seen.targets
+                correct.append(logits.argmax(1) == labels)
+                confidence.append(logits.softmax(1).amax(1))
+                advance()
+        nothing = torch.zeros(0, device=trainer.lightning_module.device)
+        found.append(Outcome(torch.cat([nothing.bool(), *correct]), torch.cat([nothing, *confidence])))
+    return found
+
+
+def pass_through(trainer: pl.Trainer, batch: Any, number: int) -> None:
+    """Run the module's own step on a batch for what it does to batch-norm statistics; nothing is logged."""
+    module = trainer.lightning_module
+    with torch.no_grad(), silent(module, track_statistics=True):
+        _stock_step(module)(batch, *_rest(module, number))

@@ -1,0 +1,133 @@
+"""Labels of a training set and of a batch, and how many samples each class has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.random import forked
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+_ATTRIBUTES = ("targets", "labels", "_labels")  # torchvision uses all three
+
+
+def labels_in(item: Any) -> Any:
+    """Where labels stand in a batch or a sample: second in a pair, or under one of `LABEL_KEYS`; None if nowhere."""
+    if isinstance(item, (tuple, list)):
+        return item[1] if len(item) > 1 else None
+    if isinstance(item, Mapping) or hasattr(item, "keys"):
+        return next((item[key] for key in LABEL_KEYS if key in item), None)
+    return None
+
+
+def training_set(trainer: pl.Trainer) -> Dataset:
+    """The whole training set of a Trainer, not one rank's share of it.
+
+    In a fit it is the one that its loader reads; outside of one it is asked of the data module, or of the module.
+
+    Raises:
+        RecipeError: when there is none that can be read by index.
+    """
+    loader = trainer.train_dataloader
+    if loader is None:
+        loader = _asked_loader(trainer)
+    dataset = getattr(loader, "dataset", None)  # several loaders, or batches in a list, have none
+    if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        raise RecipeError(f"the training data ({type(loader).__name__}) are no one data set that is read by index")
+    return dataset
+
+
+def _asked_loader(trainer: pl.Trainer) -> Any:
+    for source in (trainer.datamodule, trainer.lightning_module):
+        if source is not None and is_overridden("train_dataloader", source):
+            try:
+                with forked(torch.device("cpu")):
+                    return source.train_dataloader()
+            except Exception as error:  # a data module that was set up for this stage alone
+                raise RecipeError(
+                    f"{type(source).__name__} has no training set here ({type(error).__name__}: {error})"
+                ) from error
+    raise RecipeError("there is no training set here")
+
+
+def labels_of(dataset: Dataset) -> Tensor:
+    """Every sample's class, in order; the random state ends as it began.
+
+    Looks for ``targets`` or ``labels`` on the data set, also below subsets and concatenations, for a column of that
+    name, and for the last tensor of a TensorDataset. Anything else is read once, sample by sample.
+
+    Returns:
+        int64 ``[n]``.
+
+    Raises:
+        RecipeError: for labels that are no class indices from 0.
+    """
+    found = _known(dataset)
+    if found is None:
+        with forked(torch.device("cpu")):
+            loader = DataLoader(dataset, batch_size=256, collate_fn=_only_labels)
+            found = torch.cat([as_indices(part) for part in loader])
+    return as_indices(found)
+
+
+def _only_labels(samples: Sequence[Any]) -> list[Any]:
+    labels = [labels_in(sample) for sample in samples]
+    if any(label is None for label in labels):
+        raise RecipeError(f"a sample of the training set has no label: no second item, none of {LABEL_KEYS}")
+    return labels
+
+
+def _known(dataset: Any) -> Any:
+    if isinstance(dataset, Subset):
+        below = _known(dataset.dataset)
+        return None if below is None else as_indices(below)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_known(part) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else torch.cat([as_indices(part) for part in parts])
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1] if len(dataset.tensors) > 1 else None
+    if hasattr(dataset, "column_names"):  # Hugging Face datasets
+        key = next((key for key in LABEL_KEYS if key in dataset.column_names), None)
+        return None if key is None else dataset[key][:]
+    for name in _ATTRIBUTES:
+        value = getattr(dataset, name, None)
+        if isinstance(value, Iterable) and hasattr(value, "__len__") and len(value) == len(dataset):
+            return value
+    return None
+
+
+def as_indices(labels: Any) -> Tensor:
+    """Labels as int64 ``[n]``.
+
+    Raises:
+        RecipeError: says what came instead of class indices.
+    """
+    try:
+        values = labels if isinstance(labels, Tensor) else torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RecipeError(f"the labels must be class indices; got {type(labels).__name__} ({error})") from error
+    if values.is_floating_point() or values.is_complex() or values.dim() != 1:
+        raise RecipeError(
+            f"the labels of the training set must be class indices, one a sample; got {str(values.dtype)[6:]} of shape"
+            f" {tuple(values.shape)}"
+        )
+    values = values.to(torch.int64)
+    if len(values) and int(values.min()) < 0:
+        raise RecipeError(f"class indices count from 0; a label of the training set is {int(values.min())}")
+    return values
+
+
+def class_counts(trainer: pl.Trainer) -> Tensor:
+    """Samples of each class in the whole training set, int64 ``[largest label + 1]``, the same on every rank.
+
+    Raises:
+        RecipeError: when they cannot be counted.
+    """
+    return torch.bincount(labels_of(training_set(trainer)))
