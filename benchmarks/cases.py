@@ -17,6 +17,7 @@ from lightning_recipes.callbacks import (
     GLAD,
     LEVI,
     PEGO,
+    SLCA,
     AdaptFormer,
     CosineHead,
     CutMix,
@@ -25,10 +26,13 @@ from lightning_recipes.callbacks import (
     LogitAdjustment,
     Mixup,
     ProgressiveUnfreezing,
+    ProjectionHead,
     SaRA,
     SVFit,
     WiSEFT,
 )
+from lightning_recipes.callbacks.continual.slca import begin_rows_
+from lightning_recipes.core.random import generator
 
 # Per device, by name: timm's name and its arguments. On a CPU small enough for steps of some 50 ms on a few cores.
 NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -64,6 +68,11 @@ class Case:
     loop: Callable[[nn.Module, loops.Batches, loops.Amp], None] | None = None
     num_workers: int = 0
     saves: bool = False
+
+
+def _first_rows(head: nn.Linear) -> None:
+    """Those that SLCA begins its first task with."""
+    begin_rows_(head.weight, head.bias, range(head.out_features), generator(0, "SLCA/rows", 0))
 
 
 CASES: dict[str, Case] = {
@@ -172,6 +181,19 @@ CASES: dict[str, Case] = {
         "vit",
         lambda: [CosineHead()],
         loop=lambda net, batches, amp: loops.cosine_head(net, batches, amp),
+    ),
+    "ProjectionHead": Case(
+        "resnet",
+        lambda: [ProjectionHead("identity", discard="fit_end", refit="none")],
+        lambda: [ProjectionHead("fixed", kappa=1.0)],
+        lambda net, batches, amp: loops.projection_head(net, batches, amp),
+    ),
+    # A step of the slow learner; what comes between two tasks is measured by `python -m benchmarks.alignment`.
+    "SLCA": Case(
+        "resnet",
+        lambda: [SLCA([list(range(10))], None, ca_epochs=0)],
+        lambda: [SLCA(1, backbone_lr_scale=1.0)],
+        lambda net, batches, amp: loops.slow_learner(net, batches, amp, begin=_first_rows),
     ),
     "ExactResume": Case("resnet", lambda: [ExactResume()], saves=True),
     "ExactResume, 2 workers": Case("resnet", lambda: [ExactResume()], num_workers=2, saves=True),

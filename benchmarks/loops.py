@@ -416,8 +416,8 @@ def mixing(
             x[..., y1:y2, x1:x2] = x[order][..., y1:y2, x1:x2]
         with amp():
             out = net(x)
-            first, second = (F.cross_entropy(out, labels, label_smoothing=smoothing) for labels in (y, y[order]))
-            loss = share * first + (1 - share) * second
+            soft = share * F.one_hot(y, out.shape[1]) + (1 - share) * F.one_hot(y[order], out.shape[1])
+            loss = F.cross_entropy(out, (1 - smoothing) * soft + smoothing / out.shape[1], reduction="none").mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -497,3 +497,60 @@ def cosine_head(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> Non
     linear, net.head = net.head, Cosines(net.head.in_features, net.head.out_features, bias=False)
     net.head.weight = linear.weight
     plain(net, batches, amp)
+
+
+class Shrink(nn.Module):
+    """relu(a - b) - relu(-a - b) with one learnable b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(()))
+
+    def forward(self, a: Tensor) -> Tensor:
+        return F.relu(a - self.b) - F.relu(-a - self.b)
+
+
+def projection_head(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None:
+    """A head that starts as the identity before the classifier of a timm ResNet; it is thrown away at the end."""
+    width = net.fc.in_features
+    layers = [nn.Linear(width, width).to(net.fc.weight.device) for _ in range(2)]
+    for layer in layers:
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    classifier, net.fc = net.fc, nn.Sequential(layers[0], Shrink().to(net.fc.weight.device), layers[1], net.fc)
+    plain(net, batches, amp)
+    net.fc = classifier
+
+
+# -- continual learning ----------------------------------------------------------------------------------------------
+
+
+def slow_learner(
+    net: nn.Module,
+    batches: Batches,
+    amp: Amp = nullcontext,
+    scale: float = 0.01,
+    classes: Sequence[int] = tuple(range(10)),
+    begin: Callable[[nn.Linear], None] = lambda head: None,
+) -> None:
+    """One task of a sequence: the backbone's rate is `scale` times the head's, the loss sees the task's `classes` only
+    and the head's other rows do not move. `begin` gives new rows their first values.
+    """
+    head = net.get_classifier()
+    begin(head)
+    own = {id(p) for p in head.parameters()}
+    backbone = [p for p in net.parameters() if id(p) not in own]
+    optimizer = AdamW([{"params": backbone, "lr": 1e-3 * scale}, {"params": list(head.parameters())}])
+    outside = torch.ones(head.out_features, dtype=torch.bool, device=head.weight.device)
+    outside[list(classes)] = False
+    weight, bias = head.weight.detach().clone(), head.bias.detach().clone()
+    net.train()
+    for x, y in batches:
+        with amp():
+            loss = F.cross_entropy(net(x).masked_fill(outside, -1e4), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            head.weight.copy_(torch.where(outside[:, None], weight, head.weight))
+            head.bias.copy_(torch.where(outside, bias, head.bias))

@@ -17,6 +17,7 @@ import lightning_recipes
 from benchmarks.claims import (
     aaer,
     backdoor_adjustment,
+    bang,
     glad,
     levi,
     lightweight_cnn,
@@ -27,12 +28,15 @@ from benchmarks.claims import (
     projection_head,
     sara,
     slca,
+    spurious_features,
     svfit,
+    wise_ft,
 )
 from benchmarks.claims.findings import Finding, measure, spread
 
 EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "AAER": [aaer],
+    "BANG": [bang, spurious_features],
     "DualInputOutput": [lightweight_cnn],
     "BackdoorAdjustment": [backdoor_adjustment],
     "GLAD": [glad],
@@ -44,6 +48,7 @@ EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "SLCA": [slca],
     "SVFit": [svfit],
     "SaRA": [sara],
+    "WiSEFT": [wise_ft],
 }
 EVIDENCE = Path(lightning_recipes.__file__).parent / "evidence.json"
 

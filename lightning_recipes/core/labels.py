@@ -61,7 +61,7 @@ def labels_of(dataset: Dataset) -> Tensor:
     """Every sample's class, in order; the random state ends as it began.
 
     Looks for ``targets`` or ``labels`` on the data set, also below subsets and concatenations, for a column of that
-    name, and for the last tensor of a TensorDataset. Anything else is read once, sample by sample.
+    name, and for the second tensor of a TensorDataset. Anything else is read once, sample by sample.
 
     Returns:
         int64 ``[n]``.

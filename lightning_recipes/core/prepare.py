@@ -347,11 +347,11 @@ class Session:
     def _check_structure(self, checkpoint: Mapping[str, Any], active: list[Recipe]) -> None:
         """Refuse a checkpoint with the surgery of a recipe that this run does not have, on a module without it."""
         here = {recipe.state_key for recipe in active}
-        if checkpoint.get("state_dict", {}).keys() == self.module.state_dict().keys():
-            return
+        carries = checkpoint.get("state_dict", {}).keys() == self.module.state_dict().keys()
         for key, section in checkpoint.get("callbacks", {}).items():
             ours = isinstance(section, Mapping) and "arguments" in section
-            if ours and key not in here and (stored := stored_in(section)):
+            stored = stored_in(section) if ours and key not in here else None
+            if stored and (stored["stock_keys"] or not carries):
                 raise RecipeError(
                     f"the checkpoint holds the {stored['what']} of {key}, which is not among the Trainer's callbacks."
                     " Add it with the arguments of the checkpoint, or start a new fit from merged weights"

@@ -23,6 +23,8 @@ class Surgery(Protocol):
     Attributes:
         what: a noun for messages, as 'adapters' or 'a projection head'.
         on_weights: whether it adapts the layers' weights; two such in one Trainer are refused.
+        stock_keys: whether a module that carries it saves its state under the names of one that does not; left out it
+            does not.
     """
 
     what: ClassVar[str]
@@ -78,7 +80,8 @@ def as_structure(spec: Surgery) -> dict[str, Any]:
     out: the recipe gives it anew."""
     stored = [f.name for f in fields(spec) if f.init and f.metadata.get("stored", True)]
     values = {name: getattr(spec, name) for name in stored}
-    return {"what": spec.what, "spec": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return {"what": spec.what, "stock_keys": getattr(spec, "stock_keys", False), "spec": plain}
 
 
 def stored_in(section: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -258,9 +258,13 @@ def test_a_member_that_differs_in_no_weight_shape_is_built_from_its_own_hyperpar
     keep = ModelCheckpoint(tmp_path, "tanh")
     quiet(callbacks=[keep], enable_checkpointing=True).fit(other, loader(X, Y))
     expected = fuse(logits_of(own, other), [0.5, 0.5])
-    before = torch.get_rng_state()
-    assert torch.allclose(predict(own, BackdoorAdjustment([str(tmp_path / "tanh.ckpt")])), expected, atol=1e-6)
-    assert torch.equal(torch.get_rng_state(), before)
+    states = []
+    for recipe in (BackdoorAdjustment([str(tmp_path / "tanh.ckpt")]), BackdoorAdjustment()):
+        torch.manual_seed(0)
+        found = predict(own, recipe)
+        states.append(torch.get_rng_state())
+        assert torch.allclose(found, expected, atol=1e-6) == bool(recipe.members)
+    assert torch.equal(*states)
 
 
 def test_members_of_stage_one_carry_its_branches_and_head(tmp_path: Path) -> None:

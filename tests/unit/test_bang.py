@@ -15,6 +15,7 @@ from torch import nn
 from lightning_recipes.callbacks import BANG, PEGO, ExactResume, WiSEFT
 from lightning_recipes.callbacks.finetuning.bang import at_chance, shares
 from lightning_recipes.core.averaging import copied, fisher_information, fisher_mean, interpolate
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.random import key
 from lightning_recipes.core.recipe import StepRecipe
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
@@ -172,6 +173,20 @@ def test_a_reference_from_a_file(kind, tmp_path):
     assert same(weights(averaged(WiSEFT(0.0, reference=path))), weights(other))
 
 
+def test_a_resume_reads_the_same_file_again_and_refuses_another(tmp_path):
+    path, keep = tmp_path / "zero.pt", ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    torch.save(Logs(mlp(seed=5)).state_dict(), path)
+    through, resumed = Logs(mlp()), Logs(mlp(seed=7))
+    fit(through, WiSEFT(0.5, reference=path), ExactResume(), keep, enable_checkpointing=True)
+    section = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["callbacks"]["WiSEFT"]["state"]
+    assert "theta_0" not in section, "the file has it"
+    fit(resumed, WiSEFT(0.5, reference=path), ExactResume(), ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+    assert same(weights(through), weights(resumed))
+    torch.save(Logs(mlp(seed=6)).state_dict(), path)
+    with pytest.raises(RecipeError, match="is not the file that the checkpoint was written with; its contents have"):
+        fit(resumed, WiSEFT(0.5, reference=path), ExactResume(), ckpt_path=str(tmp_path / "epoch=0.ckpt"))
+
+
 def test_a_new_fit_begins_from_its_own_weights():
     recipe, module = WiSEFT(0.0), Logs(mlp())
     before = weights(module)
@@ -287,18 +302,18 @@ def test_the_curve_over_two_loaders_is_that_of_models_made_by_hand(tmp_path):
     before, after = finetuned(normed, epochs=6, validation=sets)
     module = Logs(normed())
     torch.manual_seed(1)
-    recipe = WiSEFT(0.5, grid=[0.25, 0.75], buffers="interpolate")
+    recipe = WiSEFT(0.5, grid=[0.125, 0.75], buffers="interpolate")
     logger = CSVLogger(tmp_path)
     trainer = fit(module, recipe, epochs=6, validation=sets, logger=logger)
     logged = trainer.callback_metrics
     holder, correct = Logs(normed()).eval(), {}
-    for alpha in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for alpha, named in ((0.0, "0.00"), (0.125, "0.125"), (0.5, "0.50"), (0.75, "0.75"), (1.0, "1.00")):
         mean = {name: interpolate(before[name], after[name], alpha) for name in after}
         holder.load_state_dict(mean)
         for k, (x, y) in enumerate([(X, Y), (SHIFTED[:10], Y[:10])]):
             correct[alpha, k] = holder(x).argmax(1) == y
             expected = correct[alpha, k].float().mean().item()
-            assert logged[f"wise/accuracy@{alpha:.2f}/dataloader_idx_{k}"].item() == pytest.approx(expected)
+            assert logged[f"wise/accuracy@{named}/dataloader_idx_{k}"].item() == pytest.approx(expected)
             assert recipe.curve[alpha][k] == pytest.approx(expected)
             if alpha in (0.0, 1.0):
                 name = "ref" if alpha == 0 else "ft"

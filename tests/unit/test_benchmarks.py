@@ -17,9 +17,9 @@ from benchmarks import __main__ as command
 from benchmarks import cases, loops, turns
 from benchmarks.cases import CASES, build
 from benchmarks.turns import Settings
+from lightning_recipes.callbacks.adapters import sara
 from lightning_recipes.core.adapters import Adapters
 from lightning_recipes.core.mixing import Mix, Mixing
-from lightning_recipes.callbacks.adapters import sara
 from lightning_recipes.core.step import Step
 from lightning_recipes.modules import ImageClassifier
 from tests.stock import Watch, loader, quiet

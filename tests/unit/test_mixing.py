@@ -261,3 +261,15 @@ def test_a_neutral_recipe_never_enters_the_step():
     fit(neutral, Mixup(0.0), CutMix(prob=0.0))
     assert same(weights(plain), weights(neutral))
     assert isinstance(neutral, pl.LightningModule) and "training_step" not in vars(neutral)
+
+
+@pytest.mark.parametrize("recipe", [Mixup(1.0, from_epoch=1), CutMix(prob=1.0, from_epoch=1)], ids=["mixup", "cutmix"])
+def test_epochs_before_the_first_one_to_be_mixed_are_plain(recipe):
+    """One epoch is bitwise the plain one, the second is not."""
+    after = {}
+    for name, recipes in (("plain", []), ("mixed", [recipe])):
+        module, seen = Classifier(net()), []
+        fit(module, *recipes, Watch(on_train_epoch_end=lambda t, m, seen=seen: seen.append(weights(m))))
+        after[name] = seen
+    assert same(after["plain"][0], after["mixed"][0])
+    assert not same(after["plain"][1], after["mixed"][1])

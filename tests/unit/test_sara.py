@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_recipes.callbacks import SaRA
+from lightning_recipes.callbacks import ProgressiveUnfreezing, SaRA
 from lightning_recipes.callbacks.adapters import sara
 from lightning_recipes.callbacks.adapters.sara import (
     chosen,
@@ -558,6 +558,13 @@ def test_entries_can_be_asked_for_during_the_fit_and_not_before_it():
     train([callback, Watch(on_train_batch_end=note)], steps=5)
     entries, leaves = seen[-1]
     assert all(torch.equal(values, leaves[name]) for name, (_, values) in entries.items())
+
+
+def test_a_resume_without_it_is_refused_though_the_weights_have_stock_names(tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1)
+    train([recipe(), keep], steps=5, enable_checkpointing=True)
+    with pytest.raises(RecipeError, match="the checkpoint holds the sparse parameters of SaRA, which is not among"):
+        train([ProgressiveUnfreezing(at=(0, 1))], ckpt_path=str(tmp_path / "step=5.ckpt"))
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------

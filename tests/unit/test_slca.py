@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_recipes.callbacks import SLCA
 from lightning_recipes.callbacks.continual.slca import align, begin_rows_, draw_epoch, normalised, shrink_factors
 from lightning_recipes.core import gaussians, random
+from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.datamodules import ClassIncrementalDataModule, DigitsDataModule
 from lightning_recipes.modules import ImageClassifier
 from tests.stock import Classifier, Watch, mlp, quiet, same, weights
@@ -401,3 +402,33 @@ def test_soft_targets_within_the_task_meet_finite_logits():
 
     module, _ = fit(slca(ca_epochs=0), Mixed(mlp(classes=5)))
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_a_covariance_that_is_not_positive_definite_names_the_class():
+    net = mlp(classes=5)
+    with torch.no_grad():
+        net[2].weight[0], net[2].bias[0] = 0.0, -1.0  # after the ReLU this feature is 0 for every sample
+    with pytest.raises(
+        RecipeError, match="SLCA: class 2: its covariance has no Cholesky factor with cov_eps=0"
+    ):
+        fit(slca(cov_eps=0.0), Scheduled(net))
+
+
+def test_a_test_on_any_data_takes_the_tasks_of_the_checkpoint(tmp_path):
+    data = ClassIncrementalDataModule(DigitsDataModule(fraction=0.2), tasks=5, batch_size=32)
+    net = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # noqa: E731
+    keep = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    recipe = SLCA(epochs_per_task=1, samples_per_class=4)
+    module = ImageClassifier(net(), optimizer=lambda p: SGD(p, 0.1))
+    trainer = quiet(max_epochs=5, callbacks=[recipe, keep], enable_checkpointing=True)
+    trainer.fit(module, data)
+    plain, logits = DigitsDataModule(), []
+    plain.setup()
+    loader = DataLoader([plain.test_set[i] for i in range(8)], 8)
+    again = ImageClassifier(net())
+    look = Watch(on_test_batch_start=lambda t, m, batch, *_: logits.append(m(batch[0])))
+    for epoch in (1, 4):
+        path = str(tmp_path / f"epoch={epoch}.ckpt")
+        quiet(callbacks=[SLCA(epochs_per_task=1), look]).test(again, loader, ckpt_path=path, verbose=False)
+        seen = [c for task in data.task_classes[: epoch + 1] for c in task]
+        assert logits[-1][0].isfinite().nonzero().flatten().tolist() == sorted(seen)

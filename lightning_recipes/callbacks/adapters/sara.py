@@ -218,6 +218,7 @@ class SmallEntries:
 
     what: ClassVar[str] = "sparse parameters"
     on_weights: ClassVar[bool] = True
+    stock_keys: ClassVar[bool] = True
 
     threshold: float | None
     fraction: float | None

@@ -298,15 +298,16 @@ class SLCA(StepRecipe):
 
     def declare(self, plan: Plan) -> None:
         self._path, self._layer = self._find_head(plan.module)
-        self._tasks = self._resolve_tasks(plan.trainer)
+        self._tasks = self._resolve_tasks(plan)
         self._outside, self._unseen = (torch.zeros(self._layer.out_features, dtype=torch.bool) for _ in range(2))
         self._undo = ExitStack()
         self._undo.callback(self._layer.register_forward_hook(_Close(self)).remove)
-        self._show_classes()
+        if plan.fitting and plan.section is None:
+            self._forget()
+        if plan.fitting or self._begun >= 0:
+            self._show_classes()
         if not plan.fitting:
             return
-        if plan.section is None:
-            self._forget()
         plan.step(self)
         plan.after_step(self._keep_rows)
         plan.parameters(lambda: self._claim(plan.module))
@@ -333,10 +334,10 @@ class SLCA(StepRecipe):
         path = select.head(module) if self.head is None else self.head
         try:
             part = module.get_submodule(path)
-        except AttributeError:
+        except AttributeError as error:
             raise RecipeError(
                 f"SLCA: head={path!r} is no part of {type(module).__name__}; its parts are {select.names_of(module)}"
-            ) from None
+            ) from error
         if not isinstance(part, nn.Linear):
             linears = [name for name, each in module.named_modules() if isinstance(each, nn.Linear)]
             raise RecipeError(
@@ -345,9 +346,9 @@ class SLCA(StepRecipe):
             )
         return path, part
 
-    def _resolve_tasks(self, trainer: pl.Trainer) -> Tasks:
+    def _resolve_tasks(self, plan: Plan) -> Tasks:
         classes = range(self._layer.out_features)
-        given = supplied(trainer)
+        given = supplied(plan.trainer)
         if self.tasks is not None:
             tasks = cut(self.tasks, classes)
             if given is not None and given[1] != tasks:
@@ -355,6 +356,8 @@ class SLCA(StepRecipe):
                     f"SLCA: tasks={tasks} and the data module's tasks are {given[1]}; leave tasks out, or give the same"
                 )
             return tasks
+        if given is None and not plan.fitting:  # on any data: the tasks of the checkpoint, or of the fit before
+            return (plan.section or {}).get("state", {}).get("tasks") or self._tasks
         if given is None:
             raise RecipeError(
                 "SLCA: tasks is None and the Trainer's data module has no tasks; give tasks, or a"
@@ -453,7 +456,7 @@ class SLCA(StepRecipe):
 
     def _show_classes(self) -> None:
         """Bring the masks to where the run is."""
-        if self._begun < 0 and self._undo is None:
+        if not self._tasks:
             return
         device, classes = self._layer.weight.device, self._layer.out_features
         if self._outside.device != device:
@@ -593,7 +596,7 @@ class SLCA(StepRecipe):
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"begun": self._begun}
+        state: dict[str, Any] = {"begun": self._begun, "tasks": self._tasks}
         if rank_and_world()[0] == 0:  # the same on every rank, and large
             state["backup"] = [value.cpu() for value in self._backup]
             state["gaussians"] = {str(c): gaussian.state() for c, gaussian in self.gaussians.items()}

@@ -408,7 +408,7 @@ class WiSEFT(Recipe):
         values: dict[str, Tensor] = {}
         for k in range(len(loaders)):
             pre, fine, mean = (found[a][k] for a in (0.0, 1.0, float(self.alpha)))
-            sums = {f"accuracy@{a:.2f}": found[a][k].correct.sum() for a in points}
+            sums = {f"accuracy@{_name_of(a)}": found[a][k].correct.sum() for a in points}
             sums |= shares(pre.correct, fine.correct, mean.correct)
             sums |= {"confidence_ref": pre.confidence.sum(), "confidence_ft": fine.confidence.sum()}
             count = torch.tensor(len(pre.correct), device=module.device)
@@ -438,7 +438,7 @@ class WiSEFT(Recipe):
         if not self.save or keeps is None:
             return
         folder = getattr(keeps, "dirpath", None) or trainer.default_root_dir
-        name = f"epoch={trainer.current_epoch}-step={trainer.global_step}-wise-alpha={self.alpha:.2f}.ckpt"
+        name = f"epoch={trainer.current_epoch}-step={trainer.global_step}-wise-alpha={_name_of(self.alpha)}.ckpt"
         trainer.save_checkpoint(os.path.join(folder, name), weights_only=True)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -464,6 +464,10 @@ class WiSEFT(Recipe):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._leave(trainer, pl_module)
         super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._swap = None
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -580,6 +584,11 @@ class BANG(WiSEFT, StepRecipe):
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _name_of(alpha: float) -> str:
+    """A weight in names: two digits after the point, more only where it has them."""
+    return f"{alpha:.2f}" if round(alpha, 2) == alpha else f"{alpha:g}"
 
 
 def _in_place(trainer: pl.Trainer) -> list[Recipe]:

@@ -41,19 +41,26 @@ class _Mixes(StepRecipe):
     couples_samples = True
     _mixing: Mixing
 
-    def _keep(self, alpha: float, prob: float, across_ranks: bool, criterion: str | int | None, seed: int) -> None:
+    def _keep(
+        self, alpha: float, prob: float, from_epoch: int, across_ranks: bool, criterion: str | int | None, seed: int
+    ) -> None:
         check_argument(0 <= prob <= 1, self, "prob", prob, "in [0, 1]")
-        self.alpha, self.prob, self.across_ranks, self.criterion, self.seed = alpha, prob, across_ranks, criterion, seed
+        check_argument(from_epoch >= 0, self, "from_epoch", from_epoch, "at least 0")
+        self.alpha, self.prob, self.from_epoch = alpha, prob, from_epoch
+        self.across_ranks, self.criterion, self.seed = across_ranks, criterion, seed
 
     def declare(self, plan: Plan) -> None:
         self._mixing = Mixing(self.kind, self.alpha, self.prob, self.seed, self.across_ranks)
         super().declare(plan)
 
     def transform_batch(self, step: Step, batch: Any) -> Any:
-        return self._mixing.inputs(self, step, batch)
+        return self._mixing.inputs(self, step, batch) if self._mixes(step) else batch
 
     def transform_targets(self, step: Step, logits: Tensor, targets: Tensor) -> Tensor:
-        return self._mixing.targets(self, step, logits, targets)
+        return self._mixing.targets(self, step, logits, targets) if self._mixes(step) else targets
+
+    def _mixes(self, step: Step) -> bool:
+        return step.trainer.current_epoch >= self.from_epoch
 
 
 class Mixup(_Mixes):
@@ -66,6 +73,7 @@ class Mixup(_Mixes):
         alpha: of Beta(alpha, alpha); 0 switches the recipe off. 0.2 is the paper's for ImageNet (0.1 to 0.4), 1 its
             for CIFAR-10.
         prob: share of batches that are mixed.
+        from_epoch: the first epoch that is mixed, as after a linear probe.
         across_ranks: under DDP, mix with samples of the other ranks too, so that the ranks train as one process on the
             same global batches would. Gathers every batch; all ranks need equally many samples.
         criterion: which loss to observe, where it cannot be found: an index or a dotted name.
@@ -93,13 +101,14 @@ class Mixup(_Mixes):
         self,
         alpha: float = 0.2,
         prob: float = 1.0,
+        from_epoch: int = 0,
         across_ranks: bool = False,
         criterion: str | int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_argument(0 <= alpha < float("inf"), self, "alpha", alpha, "at least 0 and finite")
-        self._keep(alpha, prob, across_ranks, criterion, seed)
+        self._keep(alpha, prob, from_epoch, across_ranks, criterion, seed)
 
     @property
     def neutral(self) -> bool:
@@ -117,6 +126,7 @@ class CutMix(_Mixes):
     Args:
         alpha: of Beta(alpha, alpha), from which the share of the image that stays is drawn.
         prob: share of batches that are mixed; 0 switches the recipe off.
+        from_epoch: the first epoch that is mixed, as after a linear probe.
         across_ranks: under DDP, paste from images of the other ranks too, so that the ranks train as one process on the
             same global batches would. Gathers every batch; all ranks need equally many samples.
         criterion: which loss to observe, where it cannot be found: an index or a dotted name.
@@ -144,13 +154,14 @@ class CutMix(_Mixes):
         self,
         alpha: float = 1.0,
         prob: float = 0.5,
+        from_epoch: int = 0,
         across_ranks: bool = False,
         criterion: str | int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_argument(0 < alpha < float("inf"), self, "alpha", alpha, "positive and finite")
-        self._keep(alpha, prob, across_ranks, criterion, seed)
+        self._keep(alpha, prob, from_epoch, across_ranks, criterion, seed)
 
     @property
     def neutral(self) -> bool:

@@ -13,7 +13,9 @@ gradients.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -35,6 +37,26 @@ from lightning_recipes.core.reentry import DUE, VALIDATION, Places, Reentry
 
 # What a ModelCheckpoint knows of its last save and does not put into its state.
 _OF_SAVES = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation", "current_score")
+
+
+_SEED = "PL_GLOBAL_SEED"
+
+
+class _Seed:
+    """The run's own ``seed_everything``, from which samplers that are made later (for another phase) take their order."""
+
+    def __init__(self, seed: str | None) -> None:
+        self.seed = seed
+
+    def install(self, undo: ExitStack) -> None:
+        undo.callback(_set_seed, os.environ.get(_SEED))
+        _set_seed(self.seed)
+
+
+def _set_seed(seed: str | None) -> None:
+    os.environ.pop(_SEED, None)
+    if seed is not None:
+        os.environ[_SEED] = seed
 
 
 class ExactResume(Recipe):
@@ -85,6 +107,7 @@ class ExactResume(Recipe):
         plan.install(self._data)
         plan.install(self._places)
         if state:
+            plan.install(_Seed(self._shared["seed"]))
             plan.keeps_place()
             place = self._shared["place"]
             if place["inexact"]:
@@ -124,6 +147,7 @@ class ExactResume(Recipe):
             saves[place["asker"]]["_last_global_step_saved"] = trainer.global_step
         return {
             "place": place,
+            "seed": os.environ.get(_SEED),
             "should_stop": trainer.should_stop,
             "modes": dict(modes)
             if modes

@@ -88,7 +88,7 @@ class LongTailMonitor(Recipe):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
         self._metric = None
-        self._leave = watch_outputs(part_of(pl_module, self.forward), self._seen.append)
+        self._leave = watch_outputs(part_of(pl_module, self.forward), self._see)
 
     def on_validation_batch_start(self, *args: Any) -> None:
         self._seen.clear()
@@ -110,7 +110,7 @@ class LongTailMonitor(Recipe):
                 return
             if self._metric is None:
                 self._metric = self._new_metric(trainer, logits.shape[1]).to(logits.device)
-            self._metric.update(logits.detach(), labels)
+            self._metric.update(logits, labels)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._metric is None:
@@ -149,6 +149,11 @@ class LongTailMonitor(Recipe):
             self._leave()
         self._leave = None
         self._seen.clear()
+
+    def _see(self, logits: Tensor) -> None:
+        """Keep the first logits of each length; an attack that measures the same batch calls the module many times."""
+        if all(len(logits) != len(seen) for seen in self._seen):
+            self._seen.append(logits.detach())
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The step's logits and the batch's labels."""

@@ -123,6 +123,7 @@ def misuses() -> list[Misuse]:
     return [
         *of_both(Mixup),
         *of_both(CutMix),
+        argument(Mixup, "from_epoch must be at least 0; got -1", from_epoch=-1),
         argument(Mixup, "alpha must be at least 0 and finite; got -1", alpha=-1),
         argument(CutMix, "alpha must be positive and finite; got 0", alpha=0),
         in_step(
