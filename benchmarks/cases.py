@@ -121,12 +121,15 @@ CASES: dict[str, Case] = {
     ),
     "SVFit": Case("vit", lambda: [SVFit()], loop=lambda net, batches, amp: loops.svfit(net, batches, amp)),
     # Re-selected before the first step: what a step costs in the second half of a fit, when it costs most.
-    "SaRA": Case(
-        "vit",
-        lambda: [SaRA(None, 0.1, progressive_at=1e-9, rank_min_size=16)],
-        loop=lambda net, batches, amp: loops.sara(net, batches, amp),
-        saves=True,
-    ),
+    **{
+        f"SaRA, {share:.0%}": Case(
+            "vit",
+            lambda share=share: [SaRA(None, share, progressive_at=1e-9, rank_min_size=16)],
+            loop=lambda net, batches, amp, share=share: loops.sara(net, batches, amp, share),
+            saves=True,
+        )
+        for share in (0.1, 0.2)
+    },
     "ProgressiveUnfreezing, head": Case(
         "resnet",
         lambda: [ProgressiveUnfreezing(at=(0,))],

@@ -224,6 +224,18 @@ class _Written(torch.autograd.Function):
         return grad.reshape(-1)[index], None, None
 
 
+def below_which(weights: Sequence[Tensor], share: float) -> float:
+    """A number that so many of all entries are smaller than, found by halving."""
+    wanted = round(share * sum(w.numel() for w in weights))
+    low, high = 0.0, max(float(w.abs().max()) for w in weights)
+    while True:
+        middle = (low + high) / 2
+        count = sum(int((w.abs() < middle).sum()) for w in weights)
+        if count == wanted:
+            return middle
+        low, high = (middle, high) if count < wanted else (low, middle)
+
+
 def sara(
     net: nn.Module, batches: Batches, amp: Amp = nullcontext, share: float = 0.1, weight: float = 5e-4, side: int = 16
 ) -> None:
@@ -238,8 +250,7 @@ def sara(
     owners = [(path, part, name) for path, part in net.named_modules() for name, _ in part.named_parameters("", False)]
     target = {f"{path}.{name}".lstrip("."): (part, name) for path, part, name in owners}
     target = {n: at for n, at in target.items() if all(getattr(*at) is not p for p in head)}
-    sizes = torch.cat([getattr(*at).detach().abs().flatten() for at in target.values()])
-    threshold = sizes.kthvalue(round(share * len(sizes)) + 1).values
+    threshold = below_which([getattr(*at).detach() for at in target.values()], share)
     matrices = sorted(n for n, at in target.items() if getattr(*at).dim() == 2 and min(getattr(*at).shape) >= side)
     leaves, sparse, active = {}, {}, {}
     for n, (part, name) in target.items():
@@ -444,8 +455,8 @@ def logit_adjusted(
 ) -> None:
     """Cross-entropy of logits + tau log prior."""
     optimizer = AdamW(trained(net))
-    prior = torch.tensor(counts, device=next(net.parameters()).device)
-    shift = tau * (prior / prior.sum()).log()
+    prior = torch.tensor(counts, dtype=torch.float64)
+    shift = (tau * (prior / prior.sum()).log()).float().to(next(net.parameters()).device)
     net.train()
     for x, y in batches:
         with amp():

@@ -1,16 +1,17 @@
 """SVFit: as accurate as LoRA with a sixteenth of the trained parameters or fewer.
 
-Adaptation of a digit network to the same digits turned; the head trains in every arm. LoRA (GLAD at mix 0) is given the
-best of three learning rates by the very test accuracy that is compared, SVFit one. Whether it is better than LoRA on
-language models is a matter of their size and nothing here says so. It is no method that keeps the old task: accuracy on
-upright digits is measured too (``upright``) and falls further than under LoRA.
+A network of upright digits is adapted to turned ones; the head trains in every arm. Each arm has the learning rate that
+was best of 1e-3, 3e-3, 1e-2, 3e-2 and 1e-1 when it trained on four fifths of its training digits and was measured on
+the others. What is left of the old task (``upright``) is measured too, and nothing is claimed of it: it depends on the
+rates more than on the method.
+
+The top 32 values a layer do not reach LoRA by a point or two, whatever their rate; that arm is measured all the same.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
 from functools import cache, partial
-from statistics import mean
 from typing import Any
 
 import torch
@@ -27,16 +28,15 @@ CLAIM = "Training singular values alone matches LoRA with sixteen times fewer tr
 SOURCE, TARGET, ANGLE, BATCH, EPOCHS = 600, 700, 45, 64, 30
 SETTING = (
     f"MLP 64-256-256-10 trained on {SOURCE} upright digits, its two hidden layers adapted and its head trained on"
-    f" {TARGET} others turned by {ANGLE} degrees, Adam, batch {BATCH}, {EPOCHS} epochs, tested on the rest turned; all"
-    " values (rate 1e-2) or the top 32 a layer (3e-2); LoRA of rank 8 at the best of the rates 1e-3, 3e-3 and 1e-2"
+    f" {TARGET} others turned by {ANGLE} degrees, Adam, batch {BATCH}, {EPOCHS} epochs, tested on the rest turned; LoRA"
+    " of rank 8; rates: 1e-2 for LoRA and the head alone, 3e-2 for SVFit, each the best of 1e-3 to 1e-1 on a fifth of"
+    " the training digits"
 )
 SEEDS = 5
 ARMS: dict[str, dict[str, Any]] = {
     "without": {"way": "head", "lr": 1e-2},
-    "LoRA 1e-3": {"way": "lora", "lr": 1e-3},
-    "LoRA 3e-3": {"way": "lora", "lr": 3e-3},
-    "LoRA 1e-2": {"way": "lora", "lr": 1e-2},
-    "all values": {"way": "svfit", "lr": 1e-2},
+    "LoRA": {"way": "lora", "lr": 1e-2},
+    "all values": {"way": "svfit", "lr": 3e-2},
     "top 32": {"way": "svfit", "lr": 3e-2, "rank": 32},
 }
 LAYERS = ["net.0", "net.2"]
@@ -88,10 +88,8 @@ def run(seed: int, way: str, lr: float, rank: int | None = None) -> Metrics:
 
 
 def check(results: Results) -> list[Finding]:
-    """No more than a point below the best LoRA, sixteen times smaller, and ten points above the head alone."""
-    rates = [arm for arm in results if arm.startswith("LoRA")]
-    best = max(rates, key=lambda arm: mean(column(results, arm, "turned")[0]))
-    lora = {metric: column(results, best, metric)[0] for metric in ("turned", "adapted")}
+    """No more than a point below LoRA, sixteen times smaller, and ten points above the head alone."""
+    lora = {metric: column(results, "LoRA", metric)[0] for metric in ("turned", "adapted")}
     findings = []
     for arm in [name for name in results if name in ("all values", "top 32")]:
         accuracies, head_only = column(results, arm, "turned")

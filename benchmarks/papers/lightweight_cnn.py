@@ -1,10 +1,10 @@
 """The lightweight-CNN paper from end to end: two branches, then the unified model, on MNIST and Fashion-MNIST.
 
 ``LIGHTNING_RECIPES_DATA=... python -m benchmarks.papers.lightweight_cnn`` trains every arm over three seeds on one core
-(just under half an hour), prints a table and writes ``lightweight_cnn.json`` beside this file. The paper reports 99 % on MNIST
-and 89 % on Fashion-MNIST at 14,862 parameters; how it comes to that number is not public. The model here has 13,850:
-two branches of convolutions 1 to 10 and 10 to 20 (100 + 1,820 parameters each, the filters of the re-implementations)
-and one linear layer from their 2 x 500 features to 10 classes (10,010).
+(just under half an hour), prints a table and writes ``lightweight_cnn.json`` beside this file. The paper reports 99 %
+on MNIST and 89 % on Fashion-MNIST at 14,862 parameters; how it comes to that number is not public. The model here has
+13,850: two branches of convolutions 1 to 10 and 10 to 20 (100 + 1,820 parameters each, the filters of the
+re-implementations) and one linear layer from their 2 x 500 features to 10 classes (10,010).
 
 ``--held-out`` trains on nine tenths of the training images and measures on the last tenth. So the rates below were
 chosen, on Fashion-MNIST and one seed; the test images were not looked at, and MNIST takes the same.

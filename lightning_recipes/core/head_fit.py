@@ -26,7 +26,7 @@ class LinearHead:
     Attributes:
         weight, bias: ``[classes, p]`` and ``[classes]``, in the precision of the fit.
         steps: iterations that the fit took.
-        converged: whether it ended at a stationary point; False where the iterations ran out.
+        converged: whether the gradient where it ended is within a hundred times the tolerance.
     """
 
     weight: Tensor
@@ -92,11 +92,12 @@ def fit_logistic(
     *,
     l2: float = 1.0,
     standardise: bool = True,
+    floor: float = 0.0,
     weights: Tensor | None = None,
     bias: bool = True,
     dtype: torch.dtype = torch.float64,
     max_steps: int = 1000,
-    tolerance: float = 1e-7,
+    tolerance: float = 1e-8,
 ) -> LinearHead:
     """Multinomial logistic regression, on the device of the features and without touching any random state.
 
@@ -106,11 +107,15 @@ def fit_logistic(
         classes: how many there are; None for the largest index plus 1. One that does not occur gets a low logit.
         l2: weight of the penalty on the (standardised) weights; the bias is free.
         standardise: fit on standardised features; the result takes them as they are.
+        floor: a standardised feature whose deviation is below this share of the largest one is scaled by that instead.
+            A feature that hardly varies would get a weight as large as its deviation is small: fine for a probe, but
+            brittle in a classifier that is to be used. The fit then sees the scale of single features.
         weights: ``[n]``, scaled to mean 1 here; :func:`balanced` gives those that balance classes or groups.
         bias: fit one; without it nothing can take up a mean, so the features are scaled but not centred.
         dtype: fp64, or fp32 where there are too many features for it.
-        max_steps: iterations after which the fit ends unconverged.
-        tolerance: largest entry of the gradient of the mean objective at which it has converged.
+        max_steps: iterations after which the fit ends in any case.
+        tolerance: largest entry of the gradient of the mean objective at which the fit ends. In reach of fp64; rounding
+            may end it a little earlier.
 
     Raises:
         RecipeError: for shapes that do not fit, labels outside the classes, no samples, or features that are not
@@ -131,6 +136,7 @@ def fit_logistic(
         x, y = x.detach().to(dtype).clone(), y.detach().clone()
         classes = int(y.max()) + 1 if classes is None else classes
         mean, scale = standardisation(x) if standardise else (x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
+        scale = scale.clamp_min(floor * float(scale.max())) if floor else scale
         mean = mean if bias else torch.zeros_like(mean)
         x = (x - mean) / scale
         share = x.new_full((len(x),), 1 / len(x)) if weights is None else (weights / weights.sum()).to(x)
@@ -157,7 +163,7 @@ def fit_logistic(
         steps = solver.state[w]["n_iter"]
         steepest = max(float(p.grad.abs().max()) for p in free)
         weight = w.detach() / scale
-        return LinearHead(weight, b.detach() - weight @ mean, steps, steepest <= tolerance)
+        return LinearHead(weight, b.detach() - weight @ mean, steps, steepest <= 100 * tolerance)
 
 
 def accuracy(head: LinearHead, x: Tensor, y: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def relog(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
     connector._first_loop_iter, connector._current_fx = state["first"], state["fx"]
     for results, saved in zip(_results(trainer), state["results"]):
         results.clear()
-        results.update({key: _result_from(trainer, each) for key, each in saved.items()})
+        results.update({key: _result_from(trainer, each) for key, each in saved.items() if _is_there(trainer, each)})
 
 
 def _results(trainer: pl.Trainer) -> list[dict[str, _ResultMetric]]:
@@ -64,6 +64,14 @@ def _result(result: _ResultMetric) -> dict[str, Any]:
         "is_tensor": result.is_tensor,
         "counted": plain(counted),
     }
+
+
+def _is_there(trainer: pl.Trainer, saved: Mapping[str, Any]) -> bool:
+    """Whether a result's metric is in the module. One that the module makes when a validation first needs it may not be
+    yet; that validation is over, and its values are among those shown.
+    """
+    known = trainer.lightning_module.named_modules()
+    return saved["is_tensor"] or any(name == saved["meta"]["metric_attribute"] for name, _ in known)
 
 
 def _result_from(trainer: pl.Trainer, saved: Mapping[str, Any]) -> _ResultMetric:

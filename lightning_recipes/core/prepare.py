@@ -122,6 +122,11 @@ class Plan:
         """Have a part of the fit's machinery put on for the length of the fit."""
         self._session.parts.append(part)
 
+    def at_end(self, finish: Callable[[], None]) -> None:
+        """Have the recipe let go of the run when it is over, also after an error or an interrupt; once the parts that
+        were installed for it are off again."""
+        self._session._undo.callback(finish)
+
     def keeps_place(self) -> None:
         """Say that the recipe continues this run at the place where its checkpoint was taken."""
         self._session.keeps_place = True

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import random
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_what_the_loops_add_to_plain_training_acts_on_the_data_of_these_tests(sa
         (loops.aaer, resnet, {"project": False}),
         (loops.pego, vit, {"weight": 0.0}),
         (loops.glad, vit, {"mix": 0.0}),
-        (loops.sara, lambda: net("vit"), {"weight": 0.0}),
+        (partial(loops.sara, share=0.2), lambda: net("vit"), {"weight": 0.0}),
         (loops.mixing, resnet, {"prob": 0.0}),
         (loops.wise_ft, resnet, {"alpha": 1.0}),
     ):
@@ -266,7 +267,7 @@ def test_peak_memory_says_what_training_a_tenth_of_the_entries_saves(tiny):
     peaks = {}
     for variant in ("plain", "recipe", "loop with method"):
         ours, theirs = told(0)
-        turns.run("SaRA", variant, "memory", Settings(batch=1), theirs)
+        turns.run("SaRA, 10%", variant, "memory", Settings(batch=1), theirs)
         peaks[variant] = ours.recv()
     weights = sum(p.nbytes for p in net("vit").parameters())
     assert peaks["plain"] > 4 * weights

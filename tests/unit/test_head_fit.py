@@ -63,6 +63,19 @@ def test_a_constant_feature_takes_no_part_and_breaks_nothing() -> None:
     assert torch.allclose(with_it(torch.cat([x, constant], 1)), fit_logistic(x, y)(x), atol=1e-6)
 
 
+def test_with_a_floor_a_feature_that_hardly_varies_gets_no_huge_weight() -> None:
+    """A deviation of 1e-5 counts as a tenth of the largest, so its weight is at most ten times as large as its own."""
+    x, y = blobs()
+    x = standardised = (x - x.mean(0)) / x.std(0, correction=0)
+    x = standardised * torch.tensor([1.0, 1.0, 1.0, 1e-5])
+    brittle, sound = fit_logistic(x, y), fit_logistic(x, y, floor=0.1)
+    assert brittle.weight[:, 3].abs().max() > 1e4
+    assert sound.weight[:, 3].abs().max() < 1 < sound.weight[:, :3].abs().max()
+    mean, scale = x.double().mean(0), torch.tensor([1.0, 1.0, 1.0, 0.1]).double()
+    by_hand = fit_logistic((x.double() - mean) / scale, y, standardise=False)
+    assert torch.allclose(sound(x), by_hand((x.double() - mean) / scale), atol=1e-4)
+
+
 def test_the_same_numbers_whatever_the_random_state_the_grad_mode_and_the_threads() -> None:
     x, y = blobs()
     first = fit_logistic(x, y)
@@ -101,7 +114,7 @@ def test_a_class_that_does_not_occur_is_never_predicted() -> None:
 
 def test_separable_data_without_a_penalty_end_unconverged_and_finite() -> None:
     x = torch.tensor([[-1.0], [1.0]])
-    head = fit_logistic(x, torch.tensor([0, 1]), l2=0.0, max_steps=5, tolerance=1e-12)
+    head = fit_logistic(x, torch.tensor([0, 1]), l2=0.0, max_steps=2, tolerance=1e-12)
     assert not head.converged and head.weight.isfinite().all()
 
 

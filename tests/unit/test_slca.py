@@ -13,12 +13,13 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_recipes.callbacks import SLCA
+from lightning_recipes.callbacks import SLCA, ExactResume, ForgettingMonitor
 from lightning_recipes.callbacks.continual.slca import align, begin_rows_, draw_epoch, normalised, shrink_factors
 from lightning_recipes.core import gaussians, random
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.datamodules import ClassIncrementalDataModule, DigitsDataModule
 from lightning_recipes.modules import ImageClassifier
+from tests.conformance.table import differing
 from tests.stock import Classifier, Watch, mlp, quiet, same, weights
 
 TASKS = [[2, 0], [1, 4], [3]]
@@ -408,9 +409,7 @@ def test_a_covariance_that_is_not_positive_definite_names_the_class():
     net = mlp(classes=5)
     with torch.no_grad():
         net[2].weight[0], net[2].bias[0] = 0.0, -1.0  # after the ReLU this feature is 0 for every sample
-    with pytest.raises(
-        RecipeError, match="SLCA: class 2: its covariance has no Cholesky factor with cov_eps=0"
-    ):
+    with pytest.raises(RecipeError, match="SLCA: class 2: its covariance has no Cholesky factor with cov_eps=0"):
         fit(slca(cov_eps=0.0), Scheduled(net))
 
 
@@ -432,3 +431,33 @@ def test_a_test_on_any_data_takes_the_tasks_of_the_checkpoint(tmp_path):
         quiet(callbacks=[SLCA(epochs_per_task=1), look]).test(again, loader, ckpt_path=path, verbose=False)
         seen = [c for task in data.task_classes[: epoch + 1] for c in task]
         assert logits[-1][0].isfinite().nonzero().flatten().tolist() == sorted(seen)
+
+
+@pytest.mark.parametrize("restore_head", [True, False])
+def test_a_run_of_four_tasks_goes_on_from_anywhere_as_if_it_had_not_stopped(tmp_path, restore_head):
+    """From the middle of task 3, from the last step of a task (its head is aligned then) and from the first of one."""
+
+    def run(ckpt_path=None, keep=()):
+        inner = DigitsDataModule(fraction=0.15)
+        data = ClassIncrementalDataModule(inner, tasks=[[3, 1], [0, 2, 4], [5, 6], [7, 8, 9]], batch_size=16)
+        torch.manual_seed(0 if ckpt_path is None else 123)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 10))
+        module = ImageClassifier(net, optimizer=lambda p: SGD(p, 0.1, momentum=0.9, weight_decay=0.01))
+        recipe = SLCA(epochs_per_task=2, samples_per_class=4, restore_head=restore_head, backbone_lr_scale=0.1)
+        callbacks = [ExactResume(), recipe, ForgettingMonitor(), *keep]
+        trainer = quiet(max_epochs=8, callbacks=callbacks, enable_checkpointing=bool(keep))
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        ended = trainer.optimizers[0].state_dict(), recipe.state_dict(), callbacks[2].state_dict()
+        return weights(module), ended, trainer.callback_metrics, recipe
+
+    saves = ModelCheckpoint(tmp_path, "{epoch}-{step}", save_top_k=-1, every_n_train_steps=1)
+    whole, ended, metrics, recipe = run(keep=[saves])
+    assert recipe.gaussians.keys() == set(range(10))
+    files = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.rpartition("=")[2]))
+    epochs = [int(path.stem.split("-")[0].rpartition("=")[2]) for path in files]
+    first, last = epochs.index(4), epochs.index(6) - 1
+    for place in (first - 1, first, (first + last) // 2, last):
+        again, ended_again, metrics_again, _ = run(str(files[place]))
+        assert same(whole, again), files[place].name
+        assert differing(ended, ended_again) == []
+        assert {k: float(v) for k, v in metrics.items()} == {k: float(v) for k, v in metrics_again.items()}

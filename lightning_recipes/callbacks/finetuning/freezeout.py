@@ -114,6 +114,7 @@ class FreezeOut(Recipe):
             )
         self._plan = plan
         plan.parameters(self._first_claim)
+        plan.at_end(self._finish)
 
     def _first_claim(self) -> Claim:
         groups, self._never = select.groups(self._plan.module, self.groups, self.never)
@@ -157,14 +158,6 @@ class FreezeOut(Recipe):
     def _log(self) -> None:
         values = {"freezeout/frozen_layers": self._done, "freezeout/trainable_params": self._plan.trainable_parameters}
         log_values(self._plan.trainer, values)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._finish()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._finish()
 
     def _finish(self) -> None:
         self._held.hold(())

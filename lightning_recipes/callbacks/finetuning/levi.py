@@ -138,6 +138,9 @@ def where_logits_are_made(module: pl.LightningModule, path: str | None) -> str:
     path, _ = select.network(module)
     compiled = [name for name, part in module.named_modules() if type(part).__name__ == "OptimizedModule"]
     path = next((name for name in compiled if f"{path}.".startswith(f"{name}.")), path)
+    children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    if not path and len(children) == 1 and not any(True for _ in module.parameters(recurse=False)):
+        path = children[0]
     if not path:
         raise RecipeError(
             f"no single part of {type(module).__name__} maps inputs to logits; its parts are"

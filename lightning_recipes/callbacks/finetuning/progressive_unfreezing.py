@@ -192,6 +192,7 @@ class ProgressiveUnfreezing(Recipe):
             )
         self._plan, self._names = plan, []
         plan.parameters(self._first_claim)
+        plan.at_end(self._finish)
         if self.probe_epochs:
             plan.phases(self._phases(plan.trainer.max_epochs))
         self.load_state(_NOTHING_DONE if plan.section is None else plan.section["state"])
@@ -352,14 +353,6 @@ class ProgressiveUnfreezing(Recipe):
     def _log(self) -> None:
         values = {"unfreeze/stage": self._stage, "unfreeze/trainable_params": self._plan.trainable_parameters}
         log_values(self._plan.trainer, values)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._finish()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._finish()
 
     def _finish(self) -> None:
         self._held.hold(())

@@ -445,6 +445,7 @@ class ProjectionHead(Recipe):
                 z.to(_where_to_fit(pl_module)),
                 (y.argmax(1) if y.dim() == 2 else y).to(_where_to_fit(pl_module)),
                 classifier.out_features,
+                floor=0.1,
                 bias=classifier.bias is not None,
             )
             return head.to("cpu")

@@ -43,7 +43,7 @@ _SEED = "PL_GLOBAL_SEED"
 
 
 class _Seed:
-    """The run's own ``seed_everything``, from which samplers that are made later (for another phase) take their order."""
+    """The run's own ``seed_everything``: samplers that are made later, for another phase, take their order from it."""
 
     def __init__(self, seed: str | None) -> None:
         self.seed = seed
@@ -96,6 +96,7 @@ class ExactResume(Recipe):
         trainer = plan.trainer
         state = plan.section["state"] if plan.section else {}
         self._plan, self._places = plan, Places(trainer, plan.module, self._before_validation)
+        plan.at_end(self._finish)
         rank, world = rank_and_world()
         if state and len(state["ranks"]) != world:
             raise RecipeError(
@@ -120,8 +121,7 @@ class ExactResume(Recipe):
         if self._plan is not None:
             self._places.note(outputs, batch, batch_idx)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
+    def _finish(self) -> None:
         self._plan = None
 
     # -- state -------------------------------------------------------------------------------------------------------

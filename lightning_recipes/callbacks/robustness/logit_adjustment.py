@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_recipes.core.diagnostics import log_values
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.labels import class_counts as count_classes
-from lightning_recipes.core.prepare import Plan
+from lightning_recipes.core.prepare import Plan, Session
 from lightning_recipes.core.recipe import Paper, StepRecipe
 from lightning_recipes.core.step import Step
 
@@ -126,6 +126,12 @@ class LogitAdjustment(StepRecipe):
         if self.neutral:
             return
         if self.class_counts == "auto":
+            phases = Session.of(trainer, pl_module).phases
+            if phases is not None and phases.plan.reload_data:
+                raise RecipeError(
+                    "LogitAdjustment: the training data may change from phase to phase, and class_counts='auto' would"
+                    " count those of the first; give class_counts=[samples of class 0, of class 1, ...]"
+                )
             try:
                 with speaking_for(self):
                     self._counts = count_classes(trainer)
