@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.random import forked, key
 from lightning_recipes.core.silence import gradients_allowed, modes_kept, silent
-from lightning_recipes.core.step import Replay, _rest, _stock_step, observe
+from lightning_recipes.core.step import Replay, observe, rest_of_arguments, stock_step
 
 ENDLESS = 200
 """Batches that are read of training data without a length."""
@@ -152,4 +152,4 @@ def pass_through(trainer: pl.Trainer, batch: Any, number: int) -> None:
     """Run the module's own step on a batch for what it does to batch-norm statistics; nothing is logged."""
     module = trainer.lightning_module
     with torch.no_grad(), silent(module, track_statistics=True):
-        _stock_step(module)(batch, *_rest(module, number))
+        stock_step(module)(batch, *rest_of_arguments(module, number))

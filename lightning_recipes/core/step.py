@@ -334,11 +334,11 @@ def observe(
     trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, select: str | int | None = None
 ) -> Replay:
     """What the module's own step makes of a batch, silently and with no recipe in it; for probes outside a step."""
-    step = Step(trainer, module, _stock_step(module), batch, _rest(module, batch_idx), select=select)
+    step = Step(trainer, module, stock_step(module), batch, rest_of_arguments(module, batch_idx), select=select)
     return step.replay(batch)
 
 
-def _stock_step(module: pl.LightningModule) -> Callable[..., Any]:
+def stock_step(module: pl.LightningModule) -> Callable[..., Any]:
     """The module's step below every wrapper of ours."""
     run = module.training_step
     while isinstance(run, Patch):
@@ -346,8 +346,9 @@ def _stock_step(module: pl.LightningModule) -> Callable[..., Any]:
     return run
 
 
-def _rest(module: pl.LightningModule, batch_idx: int) -> tuple[int, ...]:
-    parameters = list(inspect.signature(inspect.unwrap(_stock_step(module))).parameters)
+def rest_of_arguments(module: pl.LightningModule, batch_idx: int) -> tuple[int, ...]:
+    """What the module's step takes after the batch: its index, or nothing."""
+    parameters = list(inspect.signature(inspect.unwrap(stock_step(module))).parameters)
     takes_index = len([p for p in parameters if p != "self"]) > 1
     return (batch_idx,) if takes_index else ()
 
