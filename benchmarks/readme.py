@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md: the table of recipes and the table of evidence.
+"""Writes the generated parts of README.md: the tables of recipes, of evidence and of reproduced papers.
 
 ``python -m benchmarks.readme`` rewrites them; ``--check`` only says whether they are up to date.
 """
@@ -29,9 +29,25 @@ def evidence_table() -> str:
     return "\n".join(rows)
 
 
+def paper_table() -> str:
+    """What ``python -m benchmarks.papers.lightweight_cnn`` wrote, one row an arm, one column a data set."""
+    from benchmarks.papers.lightweight_cnn import ARMS, PAPER_PARAMETERS, RESULTS
+
+    sets = json.loads(RESULTS.read_text(encoding="utf-8"))
+    titles = [f"{name} ({found['seeds']} seeds)" for name, found in sets.items()]
+    rows = [f"| arm | parameters | {' | '.join(titles)} |", f"|---|---|{'---|' * len(sets)}"]
+    for arm, says in ARMS.items():
+        found = [each["arms"][arm] for each in sets.values()]
+        scores = [f"{100 * values['clean']:.2f} ± {100 * values['clean_sd']:.2f} %" for values in found]
+        rows.append(f"| {says} | {found[0]['parameters']:,} | {' | '.join(scores)} |")
+    theirs = [f"{100 * each['paper']['accuracy']:.0f} %" for each in sets.values()]
+    return "\n".join([*rows, f"| the paper | {PAPER_PARAMETERS:,} | {' | '.join(theirs)} |"])
+
+
 def filled(text: str) -> str:
     """README with its generated parts made anew."""
-    for name, part in (("recipes", table(recipes(), markdown=True)), ("evidence", evidence_table())):
+    parts = {"recipes": table(recipes(), markdown=True), "evidence": evidence_table(), "paper": paper_table()}
+    for name, part in parts.items():
         pattern = rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text, flags=re.DOTALL)
         if found != 1:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from lightning_recipes.core import random
 from lightning_recipes.core.batch import describe
 from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.recipe import Paper
 from lightning_recipes.modules.classifier import NOT_SAVED, OptimizedModule
 from lightning_recipes.modules.image_classifier import build_net
 
@@ -232,6 +233,12 @@ class DualInputOutput(OptimizedModule):
         RecipeError: for a branch that cannot be drawn anew, has no classifier to cut off or shares weights with the
             other; in the first step for a batch that is not (images, labels) and an augmentation that changes shapes.
     """
+
+    paper = Paper("Building Efficient Lightweight CNN Models", "N. Isong", 2025, "https://arxiv.org/abs/2501.15547")
+    does = "Trains two small branches, on original and on augmented images, which UnifiedClassifier joins."
+    use_when = "You want a small image classifier, and can train from scratch in two stages."
+    costs = "Two networks in training, and both branches at test time."
+    purpose = "modules"
 
     def __init__(
         self,
