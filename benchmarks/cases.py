@@ -124,7 +124,7 @@ CASES: dict[str, Case] = {
     **{
         f"SaRA, {share:.0%}": Case(
             "vit",
-            lambda share=share: [SaRA(None, share, progressive_at=1e-9, rank_min_size=16)],
+            lambda share=share: [SaRA(None, share, progressive_at=1e-9, rank_min_size=16, target=["*.weight"])],
             loop=lambda net, batches, amp, share=share: loops.sara(net, batches, amp, share),
             saves=True,
         )

@@ -239,7 +239,7 @@ def below_which(weights: Sequence[Tensor], share: float) -> float:
 def sara(
     net: nn.Module, batches: Batches, amp: Amp = nullcontext, share: float = 0.1, weight: float = 5e-4, side: int = 16
 ) -> None:
-    """The smallest entries of a network and its head, held where they have grown too large, from the first step on.
+    """The smallest entries of a network's weights and its head, held where they have grown too large, from the first step on.
 
     Args:
         share: of the entries.
@@ -248,7 +248,7 @@ def sara(
     """
     head = list(net.get_classifier().parameters())
     owners = [(path, part, name) for path, part in net.named_modules() for name, _ in part.named_parameters("", False)]
-    target = {f"{path}.{name}".lstrip("."): (part, name) for path, part, name in owners}
+    target = {f"{path}.{name}": (part, name) for path, part, name in owners if name == "weight"}
     target = {n: at for n, at in target.items() if all(getattr(*at) is not p for p in head)}
     threshold = below_which([getattr(*at).detach() for at in target.values()], share)
     matrices = sorted(n for n, at in target.items() if getattr(*at).dim() == 2 and min(getattr(*at).shape) >= side)

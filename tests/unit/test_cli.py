@@ -137,12 +137,16 @@ def test_list_imports_no_peft():
     assert all(name in out for name in cli.recipes())
 
 
-def test_recipes_are_the_public_callbacks():
-    assert [name for name, cls in cli.recipes().items() if cls.paper is None] == ["ExactResume"]
-    for name, cls in cli.recipes().items():
-        assert name in callbacks.__all__ and cls is getattr(callbacks, name)
+def test_recipes_are_the_public_callbacks_and_the_modules_that_a_paper_brings():
+    found = cli.recipes()
+    assert [name for name, cls in found.items() if cls.paper is None] == ["ExactResume"]
+    assert {name: cls for name, cls in found.items() if name in callbacks.__all__} == {
+        name: getattr(callbacks, name) for name in callbacks.__all__
+    }
+    assert [name for name in found if name not in callbacks.__all__] == ["DualInputOutput"]
+    for cls in found.values():
         assert cls.paper is None or isinstance(cls.paper, Paper)
-        assert cls.does and cls.use_when and cls.costs
+        assert cls.does and cls.use_when and cls.costs and cli.purpose(cls)
 
 
 @pytest.mark.parametrize("columns", ["60", "100", "200"])

@@ -68,7 +68,7 @@ def quantiles(weights: Sequence[Tensor], shares: Sequence[float]) -> list[float]
     """For each share s the value of rank round(s n) of all |p| in ascending order, so that it has as many below it.
 
     A share that takes all n gets the next number above the largest. Exact, and without a copy of all weights: numbers
-    that are not negative have the order of their bits, which are found 16 at a time by counting.
+    that are not negative have the order of their bits, which are found 8 at a time by counting.
     """
     dtype = torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32
     of_bits, width = (torch.int64, 64) if dtype == torch.float64 else (torch.int32, 32)
@@ -76,17 +76,17 @@ def quantiles(weights: Sequence[Tensor], shares: Sequence[float]) -> list[float]
     found = []
     for share in shares:
         rank, prefix = min(round(share * total), total - 1), 0
-        for shift in range(width - 16, -1, -16):
-            counts = torch.zeros(2**16, dtype=torch.int64)
+        for shift in range(width - 8, -1, -8):
+            counts = torch.zeros(256, dtype=torch.int64)
             for w in weights:
                 bits = w.detach().abs().to(dtype).flatten().view(of_bits)
-                if shift < width - 16:
-                    bits = bits[bits >> (shift + 16) == prefix]
-                counts += torch.bincount(bits >> shift & 0xFFFF, minlength=2**16).cpu()
+                if shift < width - 8:
+                    bits = bits[bits >> (shift + 8) == prefix]
+                counts += torch.bincount(bits >> shift & 0xFF, minlength=256).cpu()
             upto = counts.cumsum(0)
             digit = int(torch.searchsorted(upto, rank, right=True))
             rank -= int(upto[digit - 1]) if digit else 0
-            prefix = prefix << 16 | digit
+            prefix = prefix << 8 | digit
         prefix += round(share * total) >= total  # the bits of the next number
         found.append(torch.tensor(prefix, dtype=of_bits).view(dtype).item())
     return found

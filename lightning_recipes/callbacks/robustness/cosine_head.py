@@ -214,7 +214,9 @@ class CosineHead(Recipe):
         layer = self.operation.layer
         if self._taps is not None:
             with speaking_for(self):
-                seen = encode(trainer, pl_module, lambda: {"h": self._taps["h"]}, select=self.criterion)
+                seen = encode(
+                    trainer, pl_module, lambda: {"h": self._taps["h"]}, select=self.criterion, full_precision=True
+                )
             labels = seen.targets.argmax(1) if seen.targets.is_floating_point() else seen.targets
             self._first = class_means(seen.features["h"], labels, layer.weight.detach().float().cpu())
             self._taps.close()

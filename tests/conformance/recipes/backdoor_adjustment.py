@@ -60,7 +60,7 @@ ROWS = [
     Row("cosine_head", lambda: [CosineHead(5.0, "class_mean")], keeps=_take_out),
     Row(
         "adaptformer+cosine+logits",
-        lambda: [AdaptFormer(blocks=[1]), CosineHead(5.0, "class_mean"), LogitAdjustment()],
+        lambda: [AdaptFormer(blocks=[1]), CosineHead(2.0), LogitAdjustment()],
         network=small_vit,
         keeps=_take_out,
     ),

@@ -71,7 +71,6 @@ ROWS = [
     Row("forgetting", lambda: [_monitor()], monitors=True, data=two_tasks),
 ]
 MEMBERS = {"SLCA": _slca, "ForgettingMonitor": _monitor}
-REFUSED = dict.fromkeys((("SLCA", "ProjectionHead"), ("SLCA", "CosineHead")), "both own the head")
 AUTOMATIC = ["SLCA"]
 OTHER = {"SLCA": {"mean_shrink": 0.25}, "ForgettingMonitor": {"forward": "network"}}
 
