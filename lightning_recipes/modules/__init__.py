@@ -1,5 +1,6 @@
 """Stock LightningModules, which know nothing of recipes, and the nets and metrics that they use."""
 
+from lightning_recipes.core.group_accuracy import LongTailAccuracy
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 from lightning_recipes.modules.contrastive import (
     ContrastivePretraining,
@@ -29,6 +30,7 @@ __all__ = [
     "ImageClassifier",
     "LEVIEnsemble",
     "LightweightCNN",
+    "LongTailAccuracy",
     "MLPHead",
     "NTXentLoss",
     "PreActResNet18",

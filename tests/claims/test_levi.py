@@ -1,4 +1,8 @@
-"""LEVI's claim: better than fine-tuning, one depth or averaged outputs where the pre-trained features mislead."""
+"""LEVI's claim: better than full fine-tuning where the pre-trained features mislead.
+
+Asserted against full fine-tuning only. That several depths beat the last one alone, and the margin over averaged
+outputs, do not show reliably at this size: one seed differs from the next by 3 points. The evidence has the figures.
+"""
 
 import pytest
 
@@ -8,8 +12,8 @@ from benchmarks.claims.findings import measure
 pytestmark = pytest.mark.claim
 
 
-def test_an_ensemble_over_depths_holds_best_out_of_distribution() -> None:
-    findings = experiment.check(measure(experiment, experiment.SEEDS))
-    assert len(findings) == 5
+def test_an_ensemble_over_depths_holds_better_than_full_fine_tuning() -> None:
+    findings = experiment.check(measure(experiment, experiment.SEEDS, arms=("without", "LEVI")))
+    assert len(findings) == 2
     missed = [str(finding) for finding in findings if not finding.holds]
     assert not missed, "\n".join(missed)

@@ -330,7 +330,15 @@ def test_missing_transformers_names_the_extra(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- configs
 
-OFFLINE = ["digits_cnn", "digits_vit", "rotated_digits_vit", "digits_few_shot", "char_lm", "text_classifier"]
+OFFLINE = [
+    "digits_cnn",
+    "digits_vit",
+    "rotated_digits_vit",
+    "digits_few_shot",
+    "digits_long_tailed",
+    "char_lm",
+    "text_classifier",
+]
 FEW_STEPS = [
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
@@ -377,7 +385,7 @@ def test_base_config_with_data_of_its_own_builds(name, tmp_path, monkeypatch):
         result.datamodule.setup()
 
 
-@pytest.mark.parametrize("name", ["digits_few_shot", "char_lm", "cifar10_resnet20"])
+@pytest.mark.parametrize("name", ["digits_few_shot", "digits_long_tailed", "char_lm", "cifar10_resnet20"])
 def test_printed_config_builds_it_again(name, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli(f"--config={CONFIGS}/{name}.yaml", "--print_config", run=False)

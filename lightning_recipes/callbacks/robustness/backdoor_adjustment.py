@@ -202,9 +202,12 @@ class BackdoorAdjustment(Recipe):
             modules = self._build(trainer, pl_module)
             _warn_of_copies([pl_module, *modules] if self.include_self else modules)
             transforms = self.transforms or [None] * len(modules)
-            for (name, _), module, transform in zip(self._named(), modules, transforms):
+            shared: dict[str, Tensor] = {}
+            for (name, member), module, transform in zip(self._named(), modules, transforms):
                 self._undo.enter_context(modes_kept(module, training=False))
                 self._move(module, pl_module.device if self.device == "same" else torch.device("cpu"))
+                if isinstance(member, str):
+                    _share(module, shared)
                 self._running.append((name, part_of(module, self.forward), transform))
             part = part_of(pl_module, self.forward)
             self._undo.callback(replace_outputs(part, "BackdoorAdjustment", self._mixture))
@@ -214,14 +217,10 @@ class BackdoorAdjustment(Recipe):
 
     def _build(self, trainer: pl.Trainer, pl_module: LightningModule) -> list[LightningModule]:
         surgeries = {r.state_key: spec for r, spec in Session.of(trainer, pl_module).surgeries.items()}
-        modules: list[LightningModule] = []
-        shared: dict[str, Tensor] = {}
-        for name, member in self._named():
-            if isinstance(member, str):
-                member = _load(name, member, pl_module, surgeries)
-                _share(member, shared)
-            modules.append(member)
-        return modules
+        return [
+            _load(name, member, pl_module, surgeries) if isinstance(member, str) else member
+            for name, member in self._named()
+        ]
 
     def _move(self, module: LightningModule, device: torch.device) -> None:
         before = next((p.device for p in module.parameters()), device)

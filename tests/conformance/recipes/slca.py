@@ -52,7 +52,7 @@ def _monitor() -> ForgettingMonitor:
     return ForgettingMonitor(HALVES)
 
 
-DATA = dict.fromkeys(("SLCA", "ForgettingMonitor"), two_tasks)
+DATA = {"SLCA": two_tasks}
 ROWS = [
     Row("slca", lambda: [_slca()], lambda: [SLCA(1, backbone_lr_scale=1.0)], data=two_tasks),
     Row(
@@ -68,7 +68,7 @@ ROWS = [
         optimizer="filter",
         data=two_tasks,
     ),
-    Row("forgetting", lambda: [_monitor()], monitors=True, data=two_tasks),
+    Row("forgetting", lambda: [_monitor()], monitors=True),
 ]
 MEMBERS = {"SLCA": _slca, "ForgettingMonitor": _monitor}
 AUTOMATIC = ["SLCA"]
