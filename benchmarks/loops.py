@@ -239,7 +239,7 @@ def below_which(weights: Sequence[Tensor], share: float) -> float:
 def sara(
     net: nn.Module, batches: Batches, amp: Amp = nullcontext, share: float = 0.1, weight: float = 5e-4, side: int = 16
 ) -> None:
-    """The smallest entries of a network's weights, and its head; those that have grown too large are held from the start.
+    """The smallest entries of a network's weights, and its head; what has grown too large is held from the start.
 
     Args:
         share: of the entries.

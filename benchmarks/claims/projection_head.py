@@ -41,7 +41,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 
 def probe(features: Tensor, digit: Tensor, others: Tensor, of_others: Tensor, standardise: bool = True) -> float:
     """Accuracy of a linear probe fitted on features of the training images, on those of the others."""
-    head = fit_logistic(features, digit, 10, standardise=standardise)
+    head = fit_logistic(features, digit, 10, standardise=standardise, tolerance=1e-6)
     return float(correct(head, others, of_others).mean())
 
 
@@ -54,8 +54,8 @@ def run(seed: int, kind: str | None, **arguments: Any) -> Metrics:
         **arguments: ProjectionHead's.
 
     Returns:
-        ``pre`` and ``post``: accuracy of the probe on z and on u (without a head the same); ``raw_pre`` and
-        ``raw_post``: not standardised; ``coarse``: accuracy on odd and even.
+        ``pre`` and, with a head, ``post``: accuracy of the probe on z and on u; ``raw_pre`` and ``raw_post``: of the
+        MLP head, not standardised; ``coarse``: accuracy on odd and even.
     """
     with seeded(seed):
         images, digit = digits()
@@ -75,9 +75,11 @@ def run(seed: int, kind: str | None, **arguments: Any) -> Metrics:
             z = net[:-1](x)
             u = recipes[0].operation.head(z) if recipes else z
         found = {"coarse": accuracy(net, x[test], coarse[test])}
-        for name, features in (("pre", z), ("post", u)):
+        for name, features in (("pre", z), ("post", u)) if recipes else (("pre", z),):
             sides = features[train], digit[train], features[test], digit[test]
-            found[name], found[f"raw_{name}"] = probe(*sides), probe(*sides, standardise=False)
+            found[name] = probe(*sides)
+            if kind == "mlp":
+                found[f"raw_{name}"] = probe(*sides, standardise=False)
         return found
 
 

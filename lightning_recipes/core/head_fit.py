@@ -147,7 +147,7 @@ def fit_logistic(
             free,
             max_iter=max_steps,
             tolerance_grad=tolerance,
-            tolerance_change=0.0,
+            tolerance_change=4 * torch.finfo(dtype).eps,  # of the objective: no more to be gained
             history_size=20,
             line_search_fn="strong_wolfe",
         )

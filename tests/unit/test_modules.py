@@ -336,6 +336,7 @@ OFFLINE = [
     "rotated_digits_vit",
     "digits_few_shot",
     "digits_long_tailed",
+    "class_incremental_digits",
     "char_lm",
     "text_classifier",
 ]

@@ -649,7 +649,13 @@ class PrePostMonitor(Recipe):
             if name not in train:
                 continue
             head = fit_logistic(
-                train[name], train["y"], classes, l2=self.l2, standardise=self.standardise, weights=weights
+                train[name],
+                train["y"],
+                classes,
+                l2=self.l2,
+                standardise=self.standardise,
+                weights=weights,
+                tolerance=1e-6,
             )
             right = accuracy(head, val[name], val["y"])
             values[f"probe_{side}"] = right.mean()
