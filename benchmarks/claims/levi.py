@@ -4,8 +4,8 @@ Pre-training sees the left half of each digit and a code P that gives the label 
 right half is there too, and a code Q gives the label away in the training data but not out of distribution. Where the
 pre-trained features are good and complete (all pixels seen), fine-tuning is better, and nothing here says otherwise.
 
-That several depths are better than the last one alone is not resolved at this size, where one seed differs from the next
-by 3 points; that arm, and the outputs of a linear probe and the small network averaged, are measured all the same.
+That several depths are better than the last one alone is not resolved at this size, where seeds differ by 1 to 3;
+that arm, and the outputs of a linear probe and the small network averaged, are measured all the same.
 """
 
 from __future__ import annotations

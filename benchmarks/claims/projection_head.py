@@ -41,7 +41,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 
 def probe(features: Tensor, digit: Tensor, others: Tensor, of_others: Tensor, standardise: bool = True) -> float:
     """Accuracy of a linear probe fitted on features of the training images, on those of the others."""
-    head = fit_logistic(features, digit, 10, standardise=standardise, tolerance=1e-6)
+    head = fit_logistic(features, digit, 10, standardise=standardise, tolerance=1e-6, max_steps=300)
     return float(correct(head, others, of_others).mean())
 
 

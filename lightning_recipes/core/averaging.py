@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_recipes.core.distributed import active, all_mean_, rank_and_world
 from lightning_recipes.core.random import uniform
+from lightning_recipes.core.sparse import reload_leaves
 
 Weights = Mapping[str, Tensor]
 
@@ -116,6 +117,7 @@ class Swap:
                 if name not in self._own:
                     self._own[name] = live[name].detach().clone()
                 live[name].copy_(value(name, self._own[name]))
+        reload_leaves(self._module)
 
     def back(self) -> None:
         """Give the module its own values back."""
@@ -123,6 +125,7 @@ class Swap:
         with torch.inference_mode(False), torch.no_grad():
             for name, value in self._own.items():
                 live[name].copy_(value)
+        reload_leaves(self._module)
         self._own = {}
 
     def keep(self) -> None:

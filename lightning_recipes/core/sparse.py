@@ -217,6 +217,9 @@ def make_sparse(
 ) -> SparseLeaves:
     """Let only chosen entries of parameters train.
 
+    A layer's attribute is no parameter then but what is made of it: ``get_parameter`` does not find it, and whoever
+    writes into the ones of ``named_parameters`` must say so (:func:`reload_leaves`).
+
     Args:
         module: the user's.
         masks: by name of a parameter in the module (``named_parameters``), True at its free entries; at least one is.
@@ -253,6 +256,14 @@ def make_sparse(
         owner.__dict__["_free_places"] = {local: leaf.places for local, leaf in leaves.items()}
         owner.__class__ = _partly(type(owner), tuple(leaves))
     return operation
+
+
+def reload_leaves(module: nn.Module) -> None:
+    """Have the leaves take over what somebody who knows the stock names alone wrote into the dense tensors."""
+    for part in module.modules():
+        if isinstance(part, _Partly):
+            for name in part._free_places:
+                part._leaf(name).load()
 
 
 def is_sparse(module: nn.Module) -> bool:

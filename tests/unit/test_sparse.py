@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from lightning_recipes.core.averaging import Swap
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.sparse import Places, is_sparse, make_sparse
 from tests.stock import Classifier, mlp, same, samples, weights
@@ -253,6 +254,20 @@ def test_loading_weights_fills_the_leaves():
         assert torch.equal(leaf.values, other[name][masks[name]])
     with pytest.raises(RuntimeError, match=r"Missing key\(s\).*net.0.weight"):
         module.load_state_dict({k: v for k, v in other.items() if k != "net.0.weight"})
+
+
+def test_other_weights_for_a_while_act_on_the_free_entries_too_and_are_put_back_bit_for_bit():
+    module, stock, operation, _ = sparse()
+    with torch.no_grad():
+        for leaf in operation.leaves.values():
+            leaf.values.add_(1)
+    before, own = module(X), {name: leaf.values.clone() for name, leaf in operation.leaves.items()}
+    swap = Swap(module)
+    swap.put(stock.state_dict(), lambda name, _: stock.state_dict()[name])
+    assert torch.equal(module(X), stock(X)) and not torch.equal(module(X), before)
+    swap.back()
+    assert torch.equal(module(X), before)
+    assert all(torch.equal(leaf.values, own[name]) for name, leaf in operation.leaves.items())
 
 
 def test_it_moves_with_the_module():

@@ -18,7 +18,7 @@ the free entries. Released code takes all parameters; here the head trains whole
 
 Memory for N numbers of which a share q is free, in fp32: weights 4 N bytes, and 20 q N for v, its gradient, two moments
 of Adam and its places; training everything takes 16 N. A checkpoint holds 4 N of weights, 8 q N of moments and N / 8 of
-mask. Costs one SVD of one matrix a step, and a copy of v a layer and pass. Nothing at test time.
+mask. Costs one SVD of one matrix a step, and v written into P at every pass. Nothing at test time.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def misuses() -> list[Misuse]:
         ),
         pego(
             "a rank above the width",
-            r"rank must be at most the width of net\.2, 5; got 6",
+            r"rank must be at most the width of net\.2, 5 \(its weight is \[5, 5\]\); got 6",
             lambda: [PEGO(6, target_modules=["2"])],
         ),
         pego(
