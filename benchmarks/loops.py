@@ -251,7 +251,7 @@ def sara(
     target = {f"{path}.{name}": (part, name) for path, part, name in owners if name == "weight"}
     target = {n: at for n, at in target.items() if all(getattr(*at) is not p for p in head)}
     threshold = below_which([getattr(*at).detach() for at in target.values()], share)
-    matrices = sorted(n for n, at in target.items() if getattr(*at).dim() == 2 and min(getattr(*at).shape) >= side)
+    matrices = [n for n, at in target.items() if getattr(*at).dim() == 2 and min(getattr(*at).shape) >= side]
     leaves, sparse, active = {}, {}, {}
     for n, (part, name) in target.items():
         dense = getattr(part, name).requires_grad_(False)

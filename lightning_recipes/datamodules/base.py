@@ -91,6 +91,15 @@ class DataModule(LightningDataModule):
         """Number of classes; known after ``setup``."""
         return len(self.class_names)
 
+    def plain(self, dataset: Any) -> Any:
+        """A set of this data module's samples with the transform that they have in an evaluation."""
+        return dataset
+
+    @property
+    def plain_train_set(self) -> Any:
+        """The training samples as an evaluation sees them; None before ``setup``."""
+        return None if self.train_set is None else self.plain(self.train_set)
+
     def train_dataloader(self) -> DataLoader:
         sampler = EpochShuffle(self.train_set, shuffle=True, seed=self.order_seed, **self.shard)
         return self.training_loader(sampler, self.batch_size, self.drop_last)

@@ -100,11 +100,8 @@ class ClassIncrementalDataModule(DataModule):
         """Labels of the training samples of all tasks, int64 ``[n]``."""
         return self.data.train_set.labels
 
-    @property
-    def plain_train_set(self) -> Any:
-        """The training samples of the current task under the evaluation transform, in order."""
-        plain = getattr(self.data, "plain", None)
-        return self.train_set if plain is None else plain(self.train_set)
+    def plain(self, dataset: Any) -> Any:
+        return self.data.plain(dataset)
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 

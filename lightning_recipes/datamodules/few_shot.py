@@ -43,6 +43,9 @@ class FewShotDataModule(DataModule):
         """Number of base classes, ceil(C/2)."""
         return -(-self.num_classes // 2)
 
+    def plain(self, dataset: Any) -> Any:
+        return self.data.plain(dataset)
+
     def prepare_data(self) -> None:
         self.data.prepare_data()
 

@@ -64,11 +64,8 @@ class LongTailedDataModule(DataModule):
             raise RuntimeError(f"{type(self).__name__}: class_counts is known after setup()")
         return torch.bincount(self.train_set.labels, minlength=self.num_classes)
 
-    @property
-    def plain_train_set(self) -> Any:
-        """The training samples with the transform of an evaluation; None where the data have no other one."""
-        plain = getattr(self.data, "plain", None)
-        return None if plain is None else plain(self.train_set)
+    def plain(self, dataset: Any) -> Any:
+        return self.data.plain(dataset)
 
     def prepare_data(self) -> None:
         self.data.prepare_data()

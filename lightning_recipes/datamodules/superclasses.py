@@ -52,11 +52,8 @@ class SuperclassDataModule(DataModule):
             self._coarse(each) for each in (self.data.train_set, self.data.val_set, self.data.test_set)
         )
 
-    @property
-    def plain_train_set(self) -> Any:
-        """The training samples as validation sees them, where the data module underneath can give them."""
-        plain = getattr(self.data, "plain", None)
-        return None if plain is None else plain(self.train_set)
+    def plain(self, dataset: Any) -> Any:
+        return self.data.plain(dataset)
 
     def _coarse(self, dataset: Any) -> Any:
         if dataset is None:

@@ -202,6 +202,9 @@ def test_transforms():
     assert torch.equal(data.test_set[0][0], plain.test_set[0][0].flip(-1))
     (images, _), *_ = data.val_dataloader()
     assert torch.equal(images[0], plain.val_set[0][0].flip(-1))
+    seen = data.plain_train_set  # the same samples as an evaluation sees them
+    assert len(seen) == len(data.train_set)
+    assert torch.equal(seen[5][0], plain.train_set[5][0].flip(-1)) and seen[5][1] == data.train_set[5][1]
 
 
 def test_array(tmp_path):
@@ -410,7 +413,7 @@ def test_few_shot():
     base, novel = data.test_dataloader()
     assert base.dataset.labels.max() == 4 and novel.dataset.labels.min() == 5 and novel.dataset.labels.max() == 9
     assert len(base.dataset) + len(novel.dataset) == len(digits.test_set)
-    assert data.train_set[0][0].max() <= 0.5
+    assert data.train_set[0][0].max() <= 0.5 < data.plain_train_set[0][0].max()
     other = ready(FewShotDataModule(DigitsDataModule(), shots=3, seed=1))
     assert not np.array_equal(other.train_set.indices, data.train_set.indices)
     with pytest.raises(ValueError, match="data=3: must be a data module"):

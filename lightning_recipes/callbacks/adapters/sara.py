@@ -24,7 +24,7 @@ mask. Costs one SVD of one matrix a step, and v written into P at every pass. No
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp
 from os import PathLike
 from typing import Any, ClassVar, Literal
@@ -221,13 +221,44 @@ def write_entries(module: nn.Module, entries: Entries) -> None:
 # -- the surgery -------------------------------------------------------------------------------------------------------
 
 
+def weights_of(
+    module: pl.LightningModule, target: Sequence[str] | None, train_fully: Sequence[str]
+) -> tuple[dict[str, Parameter], list[Parameter]]:
+    """The parameters to choose entries from, by name, and those that train whole.
+
+    Raises:
+        RecipeError: when there is none to choose from, or one is quantised or stored in fp16.
+    """
+    names = dict(module.named_parameters())
+    whole = select.parameters_under(module, train_fully, "train_fully") if train_fully else []
+    if target is None:
+        found = [name for name, p in names.items() if p.requires_grad or not torch.is_floating_point(p)]
+    else:
+        found = select.parameters_under(module, target, "target")
+    found = [name for name in found if name not in whole]
+    for name in found:
+        dtype = names[name].dtype
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise RecipeError(
+                f"{name} is stored in {str(dtype).removeprefix('torch.')} (quantised?), which keeps no small entries"
+                " apart; load it in float32, or name by target= what shall train"
+            )
+    if not found:
+        raise RecipeError(
+            "there is no parameter to choose entries from: the module froze all of them, or they are named in"
+            f" train_fully={list(train_fully)}; unfreeze them or name them by target="
+        )
+    return {name: names[name] for name in found}, [names[name] for name in whole]
+
+
 @dataclass(frozen=True)
 class SmallEntries:
     """Which entries are free: how to choose them, and once they are chosen, which.
 
     Attributes:
-        threshold, fraction, target, train_fully: as :class:`SaRA` has them.
+        threshold, fraction: as :class:`SaRA` has them.
         dense: leave the parameters as they are.
+        weights, whole: the parameters to choose from, before any surgery, and those that train whole.
         theta: the threshold that was used; None before.
         masks: M0 by name of the parameter, as bits; None before. Those without a free entry are not among them.
     """
@@ -238,54 +269,25 @@ class SmallEntries:
 
     threshold: float | None
     fraction: float | None
-    target: Sequence[str] | None
-    train_fully: Sequence[str]
     dense: bool
+    weights: Sequence[Parameter] = field(metadata={"stored": False})
+    whole: Sequence[Parameter] = field(metadata={"stored": False})
     theta: float | None = None
     masks: Mapping[str, Tensor] | None = None
 
     def present(self, module: pl.LightningModule) -> bool:
         return is_sparse(module)
 
-    def weights(self, module: pl.LightningModule) -> dict[str, Parameter]:
-        """The parameters to choose from, by name: those of the target that do not train whole.
-
-        Raises:
-            RecipeError: when there is none, or one is quantised or stored in fp16.
-        """
-        names = dict(module.named_parameters())
-        whole = set(self._whole(module))
-        if self.target is None:
-            found = [name for name, p in names.items() if p.requires_grad or not torch.is_floating_point(p)]
-        else:
-            found = select.parameters_under(module, self.target, "target")
-        found = [name for name in found if name not in whole]
-        for name in found:
-            dtype = names[name].dtype
-            if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-                raise RecipeError(
-                    f"{name} is stored in {str(dtype).removeprefix('torch.')} (quantised?), which keeps no small"
-                    " entries apart; load it in float32, or name by target= what shall train"
-                )
-        if not found:
-            raise RecipeError(
-                "there is no parameter to choose entries from: the module froze all of them, or they are named in"
-                f" train_fully={list(self.train_fully)}; unfreeze them or name them by target="
-            )
-        return {name: names[name] for name in found}
-
-    def _whole(self, module: pl.LightningModule) -> list[str]:
-        return select.parameters_under(module, self.train_fully, "train_fully") if self.train_fully else []
-
     def operate(self, module: pl.LightningModule) -> Operation:
         """Choose the entries, unless they are known, and give each parameter that has some its leaf."""
         spec, names = self, dict(module.named_parameters())
+        now = {id(p): name for name, p in names.items()}  # another recipe's surgery may have moved or removed them
         if self.masks is None:
-            weights = self.weights(module)
+            weights = {now[id(p)]: p for p in self.weights if id(p) in now}
             theta, bits = decided_on_rank_zero(lambda: self._choose(weights), module._trainer)
             spec = replace(self, theta=theta, masks=bits)
         masks = {name: unpacked(bits, names[name].shape) for name, bits in spec.masks.items()}
-        whole = self._whole(module)
+        whole = [now[id(p)] for p in self.whole if id(p) in now]
         if not self.dense:
             return make_sparse(module, {n: m.to(names[n].device) for n, m in masks.items()}, spec, whole)
         return Operation(module, spec, {name: names[name] for name in masks}, whole)
@@ -465,7 +467,7 @@ class SaRA(StepRecipe):
 
     def _forget(self) -> None:
         self._targets: dict[str, _Target] = {}
-        self._matrices: list[str] = []
+        self._matrices = 0
         self._reselect_at: int | None = None
         self._active: dict[str, Tensor] | None = None  # as bits, of a checkpoint
 
@@ -476,32 +478,34 @@ class SaRA(StepRecipe):
             return  # checkpoints hold stock weights under stock names
         self._forget()
         target = [self.target] if isinstance(self.target, str) else self.target
+        weights, whole = weights_of(plan.module, target, self.train_fully)
         dense = self.backprop == "dense"
-        spec = SmallEntries(self.threshold, self.fraction, target, tuple(self.train_fully), dense)
-        weights = spec.weights(plan.module)
         if self.rank_weight > 0:
             self._matrices = self._large_enough(weights)
             plan.step(self)
         if plan.section is None:
             self._warn_of_a_head(plan.module, weights)
-        plan.surgery(spec)
+        plan.surgery(SmallEntries(self.threshold, self.fraction, dense, list(weights.values()), whole))
         if dense and target is not None:
             plan.parameters(lambda: Claim(thawed=frozenset(self.operation.made)))
         if dense or self.progressive_at is not None:
             plan.edit_gradients(lambda optimizer: self._each(_Target.stop_gradients))
             plan.after_step(lambda optimizer: self._each(_Target.put_back))
 
-    def _large_enough(self, weights: Mapping[str, Tensor]) -> list[str]:
-        shapes = {name: tuple(w.shape) for name, w in weights.items() if w.dim() == 2}
-        found = sorted(name for name, shape in shapes.items() if min(shape) >= self.rank_min_size)
-        if not found:
-            largest = max(shapes.values(), key=min, default=None)
-            there = "there is no matrix" if largest is None else f"the largest matrix is {largest[0]} x {largest[1]}"
+    def _large_enough(self, weights: Mapping[str, Tensor]) -> int:
+        """How many matrices may be drawn."""
+        sides = [sorted(w.shape) for w in weights.values() if w.dim() == 2]
+        count = sum(side[0] >= self.rank_min_size for side in sides)
+        if not count:
+            there = "there is no matrix"
+            if sides:
+                shorter, longer = max(sides)
+                there = f"the largest matrix is {shorter} x {longer}"
             raise RecipeError(
                 f"SaRA: rank_weight={self.rank_weight} needs a matrix in the target with both sides at least"
                 f" rank_min_size={self.rank_min_size}, and {there}; set rank_weight=0 or a smaller rank_min_size"
             )
-        return found
+        return count
 
     def _warn_of_a_head(self, module: pl.LightningModule, weights: Mapping[str, Tensor]) -> None:
         try:
@@ -549,11 +553,11 @@ class SaRA(StepRecipe):
 
     def extra_loss(self, step: Step) -> Mapping[str, Tensor]:
         """lambda ||P .* M||_* of the matrix that this optimizer step has drawn."""
-        name = self._matrices[drawn(self.seed, step.trainer.global_step, len(self._matrices))]
-        target = self._targets.get(name)
-        if target is None or target.count <= _TOO_FEW:
+        place = drawn(self.seed, step.trainer.global_step, self._matrices)
+        matrices = [t for t in self._targets.values() if len(t.shape) == 2 and min(t.shape) >= self.rank_min_size]
+        if place >= len(matrices) or matrices[place].count <= _TOO_FEW:  # those without any free entry come last
             return {}
-        norm = target.norm()
+        norm = matrices[place].norm()
         step.log(self, {"nuclear_norm": norm})
         return {"rank_loss": self.rank_weight * norm}
 
