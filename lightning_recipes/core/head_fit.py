@@ -107,9 +107,10 @@ def fit_logistic(
         classes: how many there are; None for the largest index plus 1. One that does not occur gets a low logit.
         l2: weight of the penalty on the (standardised) weights; the bias is free.
         standardise: fit on standardised features; the result takes them as they are.
-        floor: a standardised feature whose deviation is below this share of the largest one is scaled by that instead.
-            A feature that hardly varies would get a weight as large as its deviation is small: fine for a probe, but
-            brittle in a classifier that is to be used. The fit then sees the scale of single features.
+        floor: a standardised feature whose deviation is below this share of the largest one, or of the root mean square
+            of all features, is scaled by that instead. A feature that hardly varies would get a weight as large as its
+            deviation is small, and with it what rounding left of the feature: fine for a probe, but brittle in a
+            classifier that is to be used. The fit then sees the scale of single features.
         weights: ``[n]``, scaled to mean 1 here; :func:`balanced` gives those that balance classes or groups.
         bias: fit one; without it nothing can take up a mean, so the features are scaled but not centred.
         dtype: fp64, or fp32 where there are too many features for it.
@@ -136,7 +137,7 @@ def fit_logistic(
         x, y = x.detach().to(dtype).clone(), y.detach().clone()
         classes = int(y.max()) + 1 if classes is None else classes
         mean, scale = standardisation(x) if standardise else (x.new_zeros(x.shape[1]), x.new_ones(x.shape[1]))
-        scale = scale.clamp_min(floor * float(scale.max())) if floor else scale
+        scale = scale.clamp_min(floor * float(scale.max().maximum(x.square().mean().sqrt()))) if floor else scale
         mean = mean if bias else torch.zeros_like(mean)
         x = (x - mean) / scale
         share = x.new_full((len(x),), 1 / len(x)) if weights is None else (weights / weights.sum()).to(x)

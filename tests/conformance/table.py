@@ -225,8 +225,10 @@ def weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference of two state dicts, as a share of the tensor's largest entry where that is above 1."""
     assert a.keys() == b.keys()
-    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+    pairs = [(a[name].double(), b[name].double()) for name in a if a[name].numel()]
+    return max(((x - y).abs().max() / x.abs().max().clamp_min(1)).item() for x, y in pairs)
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
