@@ -132,6 +132,7 @@ class Phases:
         if self.plan.reset_optimizers:
             fit.max_epochs = self.phase.epochs
         try:
-            return configure.original() if self.phase.optimizers is None else self.phase.optimizers()
+            own = configure.original()  # also where the phase brings its own: an error is to come now, not in mid-fit
+            return own if self.phase.optimizers is None else self.phase.optimizers()
         finally:
             fit.max_epochs = whole

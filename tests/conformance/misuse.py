@@ -294,7 +294,10 @@ def finds_no_layers(row: Row) -> Misuse:
     bare = lambda: table.Classifier(NoLayers(), row.optimizer)  # noqa: E731
     there = r"\['network'\]"
     says = f"(found no head in Classifier; its parts|matches no parameter; the module's parts) are {there}"
-    return Misuse(_first(row), _cannot_attach(row), says, row.recipes, bare, lambda: table.digits())
+    long_enough = {"max_epochs": table.EPOCHS}
+    return Misuse(
+        _first(row), _cannot_attach(row), says, row.recipes, bare, lambda: table.digits(), trainer=long_enough
+    )
 
 
 def trains_nothing(row: Row, says: str = "no parameter of Classifier requires a gradient") -> Misuse:

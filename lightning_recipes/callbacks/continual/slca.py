@@ -26,7 +26,9 @@ at 2 and bias 0, and in eval mode classes that are still to come get -inf.
 Costs one more forward pass over the data of each task, and E x (classes so far) small steps of the head. The features
 of an epoch, (classes so far) x S x D numbers in fp32, are held at once; Gaussians and what they take in memory and in a
 checkpoint: `lightning_recipes.core.gaussians`. At the last task of 1,000 classes with 768 features, on one CPU core
-(`python -m benchmarks.alignment`): ALIGNED_FIGURES
+(`python -m benchmarks.alignment`), statistics of all classes, alignment, and the peak of memory:
+
+    'full' 60 s, 3.6 min, 2.3 GB       'low_rank' (32) 23 s, 4.7 min, 1.0 GB       'diag' 7 s, 3.8 min, 1.4 GB
 """
 
 from __future__ import annotations
