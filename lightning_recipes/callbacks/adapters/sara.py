@@ -23,7 +23,7 @@ mask. Costs one SVD of one matrix a step, and v written into P at every pass. No
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp
 from os import PathLike
@@ -426,9 +426,10 @@ class SaRA(StepRecipe):
     does = "Trains only those entries of pre-trained weights that are nearly 0, and keeps them low in rank."
     use_when = "You fine-tune a large generative model and want it to keep what it knows, with little memory."
     costs = "Less memory than full training; an SVD of one matrix a step; nothing at test time."
-    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("GLAD", "PEGO", "SVFit", "LoRA", "MakeElastic"), "both adapt the layers' weights"
-    )
+    refuses: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("GLAD", "PEGO", "SVFit", "LoRA", "MakeElastic"), "both adapt the layers' weights"),
+        "LEVI": "LEVI freezes the network, and leaves parts of it unused whose entries SaRA would train",
+    }
     of_weights_alone = True
     owns_training_set = True
     log_prefix = "sara"
@@ -540,7 +541,11 @@ class SaRA(StepRecipe):
     def _reselected(self) -> bool:
         return any(target.active is not None for target in self._targets.values())
 
-    def _each(self, do: Any) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._targets = {}
+
+    def _each(self, do: Callable[[_Target], None]) -> None:
         for target in self._targets.values():
             do(target)
 

@@ -310,10 +310,13 @@ class LEVI(StepRecipe):
     does = "Joins a frozen pre-trained network, layer by layer, with a small one trained from scratch."
     use_when = "Pre-trained features are missing something or mislead on your task, and you need it on shifted data."
     costs = "One frozen forward pass and the small network; at test time both run. Cannot be merged away."
-    refuses: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("ProjectionHead", "SLCA", "BoostedHead", "CosineHead", "RidgeRefit"),
-        "LEVI has heads of its own and does not use the network's",
-    )
+    refuses: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("ProjectionHead", "SLCA", "BoostedHead", "CosineHead", "RidgeRefit"),
+            "LEVI has heads of its own and does not use the network's",
+        ),
+        "SaRA": "it trains the smallest entries of pre-trained weights, and LEVI's own parts begin at random",
+    }
     merge_on_end = False  # it cannot be merged: the ensemble is what was trained
 
     def __init__(

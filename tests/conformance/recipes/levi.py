@@ -41,7 +41,10 @@ ROWS = [
     Row("levi+aaer", lambda: [LEVI(2, small_width=8), AAER(0.1)], couples=True, keeps=_unwrap),
 ]
 MEMBERS = {"LEVI": lambda: LEVI(2, small_width=8, backbone="trainable")}
-REFUSED = dict.fromkeys([("LEVI", "ProjectionHead"), ("LEVI", "SLCA")], "LEVI has heads of its own")
+REFUSED = {
+    **dict.fromkeys([("LEVI", "ProjectionHead"), ("LEVI", "SLCA")], "LEVI has heads of its own"),
+    ("LEVI", "SaRA"): "LEVI's own parts begin at random",
+}
 AUTOMATIC = ["LEVI"]
 SURGERY = ["LEVI"]
 OTHER = {"LEVI": {"seed": 7}}

@@ -37,7 +37,10 @@ ROWS = [
     Row("sara_dense", lambda: [_sara(backprop="dense")], optimizer="adamw"),
 ]
 MEMBERS = {"SaRA": _sara}
-REFUSED = dict.fromkeys([("SaRA", "GLAD"), ("SaRA", "PEGO"), ("SaRA", "SVFit")], "both adapt the layers' weights")
+REFUSED = {
+    **dict.fromkeys([("SaRA", "GLAD"), ("SaRA", "PEGO"), ("SaRA", "SVFit")], "both adapt"),
+    ("SaRA", "LEVI"): "LEVI freezes the network",
+}
 AUTOMATIC = ["SaRA"]
 SURGERY = ["SaRA"]
 OTHER = {"SaRA": {"rank_weight": 0.5}}
@@ -175,4 +178,7 @@ def misuses() -> list[Misuse]:
 
 
 def cannot_attach(row: Row) -> list[Misuse]:
-    return [trains_nothing(row, "no parameter to choose entries from: the module froze all of them")]
+    says = (
+        "no parameter to choose entries from: the module froze all|is to train beside the sparse .* the module froze it"
+    )
+    return [trains_nothing(row, says)]
