@@ -356,7 +356,7 @@ class Session:
         for key, section in checkpoint.get("callbacks", {}).items():
             ours = isinstance(section, Mapping) and "arguments" in section
             stored = stored_in(section) if ours and key not in here else None
-            if stored and (stored["stock_keys"] or not carries):
+            if stored and (stored.get("stock_keys") or not carries):
                 raise RecipeError(
                     f"the checkpoint holds the {stored['what']} of {key}, which is not among the Trainer's callbacks."
                     " Add it with the arguments of the checkpoint, or start a new fit from merged weights"
