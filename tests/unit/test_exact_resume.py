@@ -527,7 +527,8 @@ def test_afterwards_loader_module_and_trainer_are_stock() -> None:
     trainer.fit(module, data, DataLoader(Noisy(8), 4))
     assert type(data) is DataLoader
     assert vars(data).keys() == before.keys()
-    assert all(vars(data)[name] is value for name, value in before.items() if name != "_iterator")
+    changed = [name for name, value in before.items() if vars(data)[name] is not value and name != "_iterator"]
+    assert changed == []
     assert "on_train_batch_end" not in vars(module)
     assert not {"save_checkpoint"} & vars(trainer).keys()
     assert not {"run", "_load_combined_loader_states"} & vars(trainer.fit_loop).keys()
