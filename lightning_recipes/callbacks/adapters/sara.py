@@ -23,6 +23,7 @@ mask. Costs one SVD of one matrix a step, and v written into P at every pass. No
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp
@@ -300,7 +301,7 @@ class SmallEntries:
 # -- the callback ------------------------------------------------------------------------------------------------------
 
 
-class _Target:
+class _Target(ABC):
     """One parameter with free entries.
 
     Attributes:
@@ -321,13 +322,13 @@ class _Target:
     def count(self) -> int:
         return len(self.index) if self.active is None else self._active
 
+    @abstractmethod
     def free(self) -> Tensor:
         """The entries of M0 ``[k]``, with their graph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rest(self) -> Tensor:
         """What the held entries shall be, of the parameter's shape."""
-        raise NotImplementedError
 
     def keep(self, active: Tensor) -> None:
         """From now on only these of M0 are free; the others stand still where they are."""

@@ -161,6 +161,7 @@ class ForgettingMonitor(Recipe):
         self._tasks = self._resolve(plan)
         part = part_of(plan.module, self.forward)
         self._undo = watch_outputs(part, lambda logits: self._keep(plan.trainer, logits))
+        plan.at_end(self._finish)
         size = 1 + max(up_to(self._tasks, len(self._tasks)))
         if self._trained is None or len(self._trained) != size:
             self._trained = torch.zeros(size, dtype=torch.bool)
@@ -266,14 +267,6 @@ class ForgettingMonitor(Recipe):
                 f" forgetting {100 * forgetting(self.matrix):.1f} points"
             )
             draw_matrix(self.matrix, folder / "forgetting.png", title)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._finish()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._finish()
 
     def _finish(self) -> None:
         self._counts = self._open = self._logits = None

@@ -80,6 +80,7 @@ class LongTailMonitor(Recipe):
 
     def declare(self, plan: Plan) -> None:
         part_of(plan.module, self.forward)
+        plan.at_end(self._stop)
         if plan.fitting and self.class_counts == "auto":
             self._counts, self._counted_in_fit = None, False
 
@@ -135,14 +136,6 @@ class LongTailMonitor(Recipe):
         folder = where_to_draw(trainer)
         if self.draw and self._history.steps and trainer.is_global_zero and folder is not None:
             self._history.draw(folder / "long_tail.png", "accuracy by how often classes are trained on", "accuracy")
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop()
-        super().on_exception(trainer, pl_module, exception)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._stop()
-        super().teardown(trainer, pl_module, stage)
 
     def _stop(self) -> None:
         if self._leave is not None:
