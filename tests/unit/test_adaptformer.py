@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_recipes.callbacks import PEGO, AdaptFormer, CosineHead, LogitAdjustment, ProgressiveUnfreezing
-from lightning_recipes.callbacks.robustness.adapted_block import AdaptedBlock, ParallelAdapter
 from lightning_recipes.callbacks.robustness.adaptformer import bottleneck_width
 from lightning_recipes.callbacks.robustness.cosine_head import CosineLinear, class_means, cosine_logits, text_weights
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.datamodules import DigitsDataModule, LongTailedDataModule
 from lightning_recipes.modules import ImageClassifier
+from lightning_recipes.modules.adapted_block import AdaptedBlock, ParallelAdapter
 from tests.stock import Classifier, Watch, loader, quiet, same, weights
 
 WIDTH, DEPTH = 16, 2

@@ -64,14 +64,14 @@ class ParallelBranches:
     seed: int
 
     def present(self, module: pl.LightningModule) -> bool:
-        from lightning_recipes.callbacks.robustness.adapted_block import AdaptedBlock
+        from lightning_recipes.modules.adapted_block import AdaptedBlock
 
         return any(isinstance(part, AdaptedBlock) for part in module.modules())
 
     def operate(self, module: pl.LightningModule) -> Operation:
         from timm.models.vision_transformer import Block
 
-        from lightning_recipes.callbacks.robustness.adapted_block import AdaptedBlock, ParallelAdapter
+        from lightning_recipes.modules.adapted_block import AdaptedBlock, ParallelAdapter
 
         found = {name: part for name, part in module.named_modules() if type(part) in (Block, AdaptedBlock)}
         if not found:

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_recipes.callbacks import AdaptFormer, BackdoorAdjustment, CosineHead, LogitAdjustment, LongTailMonitor
-from lightning_recipes.callbacks.robustness.adapted_block import AdaptedBlock
 from lightning_recipes.callbacks.robustness.cosine_head import CosineLinear
 from lightning_recipes.core.phases import Phase, PhasePlan
 from lightning_recipes.core.recipe import Recipe
+from lightning_recipes.modules.adapted_block import AdaptedBlock
 from tests.attention import timm_vit
 from tests.conformance.misuse import (
     Backbone,
