@@ -10,8 +10,9 @@ from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
 from lightning_recipes.callbacks.finetuning.levi import LEVI
 from lightning_recipes.callbacks.finetuning.mixing import CutMix, Mixup
+from lightning_recipes.callbacks.finetuning.pre_post_monitor import PrePostMonitor
 from lightning_recipes.callbacks.finetuning.progressive_unfreezing import ProgressiveUnfreezing
-from lightning_recipes.callbacks.finetuning.projection_head import PrePostMonitor, ProjectionHead
+from lightning_recipes.callbacks.finetuning.projection_head import ProjectionHead
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer

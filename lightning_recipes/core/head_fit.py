@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -181,3 +182,8 @@ def worst_group(correct: Tensor, groups: Tensor) -> Tensor:
     """
     _, inverse, counts = groups.unique(return_inverse=True, return_counts=True)
     return (correct.new_zeros(len(counts)).index_add_(0, inverse, correct) / counts).min()
+
+
+def where_to_fit(module: pl.LightningModule) -> torch.device:
+    """The module's device where it has fp64."""
+    return module.device if module.device.type == "cuda" else torch.device("cpu")

@@ -1,8 +1,8 @@
-"""Looking at the training set from within a fit: every sample once, in order, without a trace in the run."""
+"""Looking at the data from within a fit: every sample once, in order, without a trace in the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from lightning_recipes.core import random
 from lightning_recipes.core.distributed import active, rank_and_world
@@ -159,3 +160,28 @@ def _in_order(mine: Encoded, samples: Samples) -> Encoded:
     order = torch.tensor([index for share, *_ in everyone for index in share]).argsort()
     features = {name: torch.cat([theirs[name] for _, theirs, _ in everyone])[order] for name in mine.features}
     return Encoded(features, torch.cat([theirs for *_, theirs in everyone])[order])
+
+
+def validation_samples(trainer: pl.Trainer) -> Samples:
+    """The first validation set.
+
+    Raises:
+        RecipeError: when it is not read by index.
+    """
+    loaders = trainer.val_dataloaders
+    while isinstance(loaders, (list, tuple, Mapping)):
+        loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders))
+    if not isinstance(loaders, DataLoader) or isinstance(loaders.dataset, IterableDataset):
+        raise RecipeError(
+            f"needs the validation data as a DataLoader over a data set read by index; got {type(loaders).__name__}"
+        )
+    return samples_of(loaders)
+
+
+def bar(trainer: pl.Trainer, what: str) -> Callable[[Samples], Iterator[Any]]:
+    """A progress bar for a pass that takes long, where the Trainer shows any."""
+    shown = trainer.progress_bar_callback is not None and trainer.progress_bar_callback.is_enabled
+    hidden = not (shown and trainer.is_global_zero)
+    return lambda samples: iter(
+        tqdm(samples, desc=what, total=len(samples.loader), leave=False, delay=2, disable=hidden)
+    )

@@ -1,23 +1,25 @@
-"""Runs that are killed: every row and every pair of the table in processes of their own, and what each ended with.
+"""Runs that are killed: rows of the table and stacks of recipes in processes of their own, and what each ended with.
 
-``python -m tests.conformance.lives FOLDER [NAME ...]`` is started once by the tests. It imports everything, then only
-forks: each life of a run is a new process with one rank or two, and dies by SIGKILL where it is told to. What a run
-ends with is saved as ``<row>.<what>.rank<r>.pt``, what a process raised as ``.error``.
+``python -m tests.conformance.lives FOLDER WHAT ...`` is started by the tests. WHAT is ``rows``, ``stacks``,
+``refused``, ``pairs``, or the name of one, as "SLCA + GLAD". It imports everything, then only forks: each life of a run
+is a new process with one rank or two, and dies by SIGKILL where it is told to. What a run ends with is saved as
+``<row>.<what>.rank<r>.pt``, what a process raised as ``.error``.
 """
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,36 @@ from torch.utils.data import DataLoader
 from lightning_recipes.callbacks import ExactResume
 from lightning_recipes.core.errors import RecipeError
 
-from .recipes import ROWS, pairs, refusal
+from .recipes import ROWS, pairs, refusal, stacks
 from .table import EPOCHS, LIGHTNINGS_OWN, Classifier, Lively, Row, train, weights
 
 TWENTY, WORKERS_TOO = ("exact_resume", "pego+unfreeze+aaer"), "exact_resume"
 KILLS, LONG = 20, 30  # how often one run dies, and its epochs
 STEP, BATCH = "on_before_optimizer_step", "on_train_batch_end"
 VALIDATION, EPOCH = "on_validation_start", "on_train_epoch_end"
+
+
+# -- for the tests ---------------------------------------------------------------------------------------------------
+
+
+def launch(folder: Path, *wanted: str) -> Path:
+    """All lives of what is wanted, from one new process; return the folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "tests.conformance.lives", str(folder), *wanted]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return folder
+
+
+def end_of(folder: Path, row: Row, what: str, rank: int = 0) -> dict[str, Any]:
+    """What one life ended with.
+
+    Raises:
+        AssertionError: it ended with an error.
+    """
+    for error in folder.glob(f"{glob.escape(row.name)}.{what}.rank*.error"):
+        raise AssertionError(error.read_text()[-4000:])
+    return torch.load(folder / f"{row.name}.{what}.rank{rank}.pt", weights_only=True)
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
@@ -274,7 +299,7 @@ def _steps(folder: Path) -> int:
     return torch.load(latest, weights_only=True)["global_step"] if latest else 0
 
 
-# -- pairs -----------------------------------------------------------------------------------------------------------
+# -- together --------------------------------------------------------------------------------------------------------
 
 
 def refused(row: Row, folder: Path) -> None:
@@ -300,52 +325,58 @@ def two_ranks(row: Row, folder: Path, epochs: int = EPOCHS) -> None:
         module, _ = train(row, rank=rank, world=2, plugins=LightningEnvironment(), max_epochs=epochs)
         torch.save(weights(module), folder / f"{row.name}.two.rank{rank}.pt")
 
-    def alone(rank: int) -> None:
+    def one(rank: int) -> None:
         module, _ = train(row, max_epochs=epochs)
         torch.save(weights(module), folder / f"{row.name}.one.rank0.pt")
 
     process(run, folder, f"{row.name}.two", 2)
-    process(alone, folder, f"{row.name}.one")
+    process(one, folder, f"{row.name}.one")
 
 
-def main(folder: Path, names: list[str]) -> None:
-    """All lives of the rows and pairs of these names, or of all."""
+def main(folder: Path, wanted: list[str]) -> None:
+    """All lives of what is wanted."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
+    kinds: dict[str, tuple[Callable[[Row, Path], None], list[Row]]] = {
+        "rows": (alone, [*ROWS, LIGHTNINGS_OWN]),
+        "stacks": (together, stacks()),
+        "refused": (refused, [row for row in pairs() if refusal(row)]),
+        "pairs": (together, [row for row in pairs() if not refusal(row)]),
+    }
+    unknown = set(wanted) - {name for kind, (_, rows) in kinds.items() for name in [kind, *(row.name for row in rows)]}
+    if unknown:
+        raise SystemExit(f"there is no {sorted(unknown)}; rows, stacks, refused, pairs, or the name of one")
+    for kind, (run, rows) in kinds.items():
+        for row in [row for row in rows if kind in wanted or row.name in wanted]:
+            start = time.time()
+            run(row, folder)
+            print(f"{row.name}: {time.time() - start:.1f} s", flush=True)
+
+
+def alone(row: Row, folder: Path) -> None:
+    """All lives of a row."""
+    two_ranks(row, folder)
+    if row is LIGHTNINGS_OWN:
+        return
     last_step = (BATCH, VALIDATION, EPOCH)
-    for row in [row for row in [*ROWS, LIGHTNINGS_OWN] if not names or row.name in names]:
-        with _timed(row):
-            two_ranks(row, folder)
-            if row is LIGHTNINGS_OWN:
-                continue
-            draw, workers = random.Random(row.name), 2 if row.name == WORKERS_TOO else 0
-            uninterrupted(row, folder)
-            # in mid-epoch, in or at the end of a window; then after an epoch's last step, at three stages of its end
-            killed(row, folder, [(draw.randint(2, 6), BATCH), (14, draw.choice(last_step))])
-            uninterrupted(row, folder, ranks=2, workers=workers)
-            killed(row, folder, [(draw.randint(9, 13), draw.choice([BATCH, STEP]))], ranks=2, workers=workers)
-    for row in [row for row in pairs() if not names or row.name in names]:
-        with _timed(row):
-            if refusal(row):
-                refused(row, folder)
-                continue
-            two_ranks(row, folder, epochs=2)
-            uninterrupted(row, folder, epochs=2)
-            killed(row, folder, [(random.Random(row.name).randint(2, 10), BATCH)], epochs=2)
-    for row in [row for row in ROWS if row.name in TWENTY and (not names or row.name in names)]:
-        with _timed(row):
-            workers = 2 if row.name == WORKERS_TOO else 0
-            uninterrupted(row, folder, epochs=LONG, workers=workers, what="long")
-            killed_at_random(row, folder, KILLS, workers)
+    draw, workers = random.Random(row.name), 2 if row.name == WORKERS_TOO else 0
+    uninterrupted(row, folder)
+    # in mid-epoch, in or at the end of a window; then after an epoch's last step, at three stages of its end
+    killed(row, folder, [(draw.randint(2, 6), BATCH), (14, draw.choice(last_step))])
+    uninterrupted(row, folder, ranks=2, workers=workers)
+    killed(row, folder, [(draw.randint(9, 13), draw.choice([BATCH, STEP]))], ranks=2, workers=workers)
+    if row.name in TWENTY:
+        uninterrupted(row, folder, epochs=LONG, workers=workers, what="long")
+        killed_at_random(row, folder, KILLS, workers)
 
 
-@contextmanager
-def _timed(row: Row) -> Iterator[None]:
-    start = time.time()
-    yield
-    print(f"{row.name}: {time.time() - start:.1f} s", flush=True)
+def together(row: Row, folder: Path) -> None:
+    """All lives of a stack or a pair."""
+    two_ranks(row, folder, epochs=2)
+    uninterrupted(row, folder, epochs=2)
+    killed(row, folder, [(random.Random(row.name).randint(2, 10), BATCH)], epochs=2)
 
 
 if __name__ == "__main__":

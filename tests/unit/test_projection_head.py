@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_recipes.callbacks import PEGO, PrePostMonitor, ProgressiveUnfreezing, ProjectionHead
-from lightning_recipes.callbacks.finetuning.projection_head import build_head, effective_rank, projected
+from lightning_recipes.callbacks.finetuning.pre_post_monitor import effective_rank
+from lightning_recipes.callbacks.finetuning.projection_head import build_head, projected
 from lightning_recipes.core import select
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.head_fit import fit_logistic
