@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from lightning_recipes.core.adapters import AdapterRecipe
 from lightning_recipes.core.errors import RecipeError
 from tests.attention import D
 from tests.stock import Classifier, loader, mlp, quiet, samples
@@ -312,3 +313,74 @@ def _first(row: Row) -> str:
 
 def _cannot_attach(row: Row) -> str:
     return f"{row.name} on a module that it cannot attach to"
+
+
+def of_adapters(recipe: type[AdapterRecipe], **usual: Any) -> list[Misuse]:
+    """What every recipe refuses that puts adapters on layers; it needs the arguments `usual`, and takes a rank."""
+    make = lambda **given: recipe(**{**usual, **given})  # noqa: E731
+    bad = functools.partial(Misuse, recipe.__name__)
+    at_layers = lambda: [make(target_modules=LAYERS)]  # noqa: E731
+    linear = r"linear layers are \['net\.0', 'net\.2', 'net\.4'\]"
+    return [
+        argument(recipe, r"target_modules must be None or names of at least one module; got \[\]", target_modules=[]),
+        argument(recipe, "train_fully must be a list of names; got 'head'", train_fully="head"),
+        bad("no attention", f"found no attention block with .*; its {linear}: name those to adapt", lambda: [make()]),
+        bad(
+            "packed attention that cannot be opened",
+            r"net\.attention has keys and values of other sizes \(kdim, vdim\)",
+            lambda: [make()],
+            with_net(lambda: PackedBlock(4)),
+        ),
+        bad(
+            "a target that matches nothing",
+            r"target 'nothing' matches no layer; the nearest are \['net\.0', 'net\.2', 'net\.4'\]",
+            lambda: [make(target_modules=["nothing"])],
+        ),
+        bad(
+            "a target that is no layer to adapt",
+            r"target net\.1 is a LayerNorm; adapters go on linear, convolution or embedding layers",
+            lambda: [make(target_modules=["1"])],
+            with_net(lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))),
+        ),
+        bad(
+            "a quantised target",
+            r"target net\.2 is a Linear without a floating-point weight \(quantised\?\)",
+            lambda: [make(target_modules=["2"])],
+            quantised,
+        ),
+        bad(
+            "a target that is adapted already",
+            "the module already carries adapters; merge or unload them first",
+            at_layers,
+            adapted,
+        ),
+        bad(
+            "a rank above the width",
+            r"rank must be at most the width of net\.0, 5 \(its weight is \[5, 6\]\); got 6",
+            lambda: [make(rank=6, target_modules=LAYERS)],
+        ),
+        bad(
+            "no such part to train",
+            r"train_fully: 'nothing' matches no parameter; the module's parts are \['net', 'net\.0', 'net\.2', 'net\.4",
+            lambda: [make(target_modules=LAYERS, train_fully=["nothing"])],
+        ),
+        bad("no head", r"found no head in Classifier; its parts are \[\]: name the", lambda: [make()], no_parameters),
+        bad(
+            "a frozen head",
+            r"'net\.4\.weight' is to train beside the adapters \(train_fully\) and the module froze it; unfreeze it or",
+            at_layers,
+            frozen(4),
+        ),
+        bad(
+            "Lightning's own finetuning beside it",
+            f"{recipe.__name__} and BackboneFinetuning both decide what trains; use one of them",
+            lambda: [*at_layers(), BackboneFinetuning(unfreeze_backbone_at_epoch=1)],
+            Backbone,
+        ),
+        bad(
+            "a checkpoint with merged weights",
+            "written after the fit ended and holds stock weights; .* Load its weights into the module and start a new",
+            at_layers,
+            checkpoint=saved(Classifier, at_layers, merged=True),
+        ),
+    ]

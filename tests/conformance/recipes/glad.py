@@ -5,28 +5,24 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from lightning.pytorch.callbacks import BackboneFinetuning
 from torch.optim import LBFGS
 
 from lightning_recipes.callbacks import GLAD, PEGO
 from lightning_recipes.core.recipe import Recipe
 from tests.conformance.misuse import (
-    LAYERS,
     SAM,
-    Backbone,
     Misuse,
     PackedBlock,
     argument,
     finds_no_layers,
     frozen,
-    saved,
+    of_adapters,
     stepped_by,
     steps_in_backward,
     trains_nothing,
     with_net,
 )
 from tests.conformance.table import Row, small_vit
-from tests.stock import Classifier
 
 ROWS = [
     Row("glad", lambda: [GLAD(rank=2)], network=small_vit, optimizer="adamw"),
@@ -56,8 +52,6 @@ class NormalizedGD(Recipe):
 def misuses() -> list[Misuse]:
     glad = functools.partial(Misuse, "GLAD")
     of_all = lambda: [GLAD(rank=None)]  # noqa: E731
-    at_layers = lambda: [GLAD(rank=1, target_modules=LAYERS)]  # noqa: E731
-    linear = r"linear layers are \['net\.0', 'net\.2', 'net\.4'\]"
     return [
         argument(GLAD, r"mix must be in \[0, 1\]; got 1\.5", mix=1.5),
         argument(GLAD, r"mix must be in \[0, 1\]; got -0\.1", mix=-0.1),
@@ -68,22 +62,11 @@ def misuses() -> list[Misuse]:
         argument(GLAD, "params must be 'trainable' or 'adapters'; got 'all'", params="all"),
         argument(GLAD, "adapter_dir must be None when rank is None; got 'out'", adapter_dir="out", rank=None),
         argument(GLAD, "params must be 'trainable' when rank is None; got 'adapters'", params="adapters", rank=None),
-        argument(GLAD, r"target_modules must be None or names of at least one module; got \[\]", target_modules=[]),
-        argument(GLAD, "train_fully must be a list of names; got 'head'", train_fully="head"),
-        glad("no attention", f"found no attention block with .*; its {linear}: name those to adapt", lambda: [GLAD()]),
-        glad(
-            "a target that matches nothing",
-            r"target 'nothing' matches no layer; the nearest are \['net\.0', 'net\.2', 'net\.4'\]",
-            lambda: [GLAD(target_modules=["nothing"])],
-        ),
         glad(
             "dropout on packed attention",
             r"dropout must be 0 on a packed nn\.MultiheadAttention \(net\.attention\.q\)",
             lambda: [GLAD(rank=1, lora_dropout=0.1)],
             with_net(PackedBlock),
-        ),
-        glad(
-            "a frozen head", r"'net\.4\.weight' is to train beside the adapters .*; unfreeze it", at_layers, frozen(4)
         ),
         glad(
             "nothing that trains",
@@ -135,18 +118,7 @@ def misuses() -> list[Misuse]:
             "GLAD and PEGO cannot share a Trainer: both adapt the layers' weights",
             lambda: [GLAD(target_modules=["0"]), PEGO(target_modules=["2"])],
         ),
-        glad(
-            "Lightning's own finetuning beside its adapters",
-            "GLAD and BackboneFinetuning both decide what trains; use one of them",
-            lambda: [*at_layers(), BackboneFinetuning(unfreeze_backbone_at_epoch=1)],
-            Backbone,
-        ),
-        glad(
-            "a checkpoint with merged weights",
-            "written after the fit ended and holds stock weights; .* Load its weights into the module and start a new",
-            at_layers,
-            checkpoint=saved(Classifier, at_layers, merged=True),
-        ),
+        *of_adapters(GLAD, rank=1),
     ]
 
 
