@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,26 +68,30 @@ def training_loader(trainer: pl.Trainer) -> Loader:
 
 def on_device(trainer: pl.Trainer, loader: Loader) -> Iterator[Any]:
     """The batches of a loader as a step of this fit gets them."""
-    module = trainer.lightning_module
     for number, batch in enumerate(loader.batches):
         if number >= loader.limit:
             return
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=loader.index)
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=loader.index)
+        yield as_a_step_gets_it(trainer, batch, loader.index)
+
+
+def as_a_step_gets_it(trainer: pl.Trainer, batch: Any, index: int = 0) -> Any:
+    """A batch of a loader in the fit's precision and on its device, by way of the module's transfer hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=index)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=index)
 
 
 @contextmanager
-def apart(trainer: pl.Trainer, *stream: int | str) -> Iterator[None]:
-    """Eval mode, gradients allowed, the fit's precision; what is drawn hangs on `stream` alone, and modes and the
-    random state end as they began.
+def apart(trainer: pl.Trainer, *stream: int | str, full_precision: bool = False) -> Iterator[None]:
+    """Eval mode, gradients allowed, the fit's precision unless told otherwise; what is drawn hangs on `stream` alone,
+    and modes and the random state end as they began.
     """
     module = trainer.lightning_module
     with (
         gradients_allowed(),
         modes_kept(module, training=False),
         forked(module.device, key(*stream)),
-        trainer.precision_plugin.forward_context(),
+        nullcontext() if full_precision else trainer.precision_plugin.forward_context(),
     ):
         yield
 

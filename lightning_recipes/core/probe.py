@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from lightning_recipes.core import random
 from lightning_recipes.core.distributed import active, rank_and_world
 from lightning_recipes.core.errors import RecipeError
-from lightning_recipes.core.silence import gradients_allowed, modes_kept
+from lightning_recipes.core.evaluation import apart, as_a_step_gets_it
 from lightning_recipes.core.step import observe
 
 
@@ -133,12 +132,10 @@ def encode(
     samples = training_samples(trainer) if samples is None else samples
     kept: dict[str, list[Tensor]] = {}
     targets: list[Tensor] = []
-    with modes_kept(module, training=False), random.forked(module.device, 0), gradients_allowed():
+    with apart(trainer, "encode", full_precision=full_precision):
         for number, (batch, share) in enumerate(progress(samples)):
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-            with nullcontext() if full_precision else trainer.precision_plugin.forward_context():
-                seen = observe(trainer, module, batch, number, select).targets if run is None else run(batch, number)
+            batch = as_a_step_gets_it(trainer, batch)
+            seen = observe(trainer, module, batch, number, select).targets if run is None else run(batch, number)
             for name, value in read().items():
                 value = value.detach()
                 if value.dim() != 2 or len(value) != len(share):

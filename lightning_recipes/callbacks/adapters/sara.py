@@ -479,6 +479,7 @@ class SaRA(StepRecipe):
         if not plan.fitting:
             return  # checkpoints hold stock weights under stock names
         self._forget()
+        plan.at_end(lambda: self._targets.clear())
         target = [self.target] if isinstance(self.target, str) else self.target
         weights, whole = weights_of(plan.module, target, self.train_fully)
         dense = self.backprop == "dense"
@@ -541,10 +542,6 @@ class SaRA(StepRecipe):
     @property
     def _reselected(self) -> bool:
         return any(target.active is not None for target in self._targets.values())
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._targets = {}
 
     def _each(self, do: Callable[[_Target], None]) -> None:
         for target in self._targets.values():
