@@ -20,10 +20,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch, sized_len
+from lightning.fabric.utilities.data import _set_sampler_epoch, get_all_subclasses, sized_len
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_recipes.core import random
@@ -386,3 +386,17 @@ class _InWorker:
         for generator, saved in zip(self._held(), state["held"]):
             random.set_state_of(generator, saved)
         random.restore(state["random"])
+
+
+def end_of_recording() -> None:
+    """Give DataLoader, BatchSampler and their subclasses their own methods back after an error.
+
+    Lightning wraps them while it asks for loaders, to record their arguments, and leaves the wrappers on, for every
+    later loader of the process, when asking raises (``_replace_dunder_methods``).
+    """
+    for base in (DataLoader, BatchSampler):
+        for cls in get_all_subclasses(base) | {base}:
+            for name in ("__init__", "__setattr__", "__delattr__"):
+                if f"__old{name}" in vars(cls):
+                    setattr(cls, name, getattr(cls, f"__old{name}"))
+                    delattr(cls, f"__old{name}")

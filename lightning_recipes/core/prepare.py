@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from lightning_recipes.core.distributed import check_strategy
 from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.gradients import GradientSocket, Window, check_optimizers
+from lightning_recipes.core.loader import end_of_recording
 from lightning_recipes.core.parameters import Claim, ParameterTable, user_flags
 from lightning_recipes.core.patch import Patch
 from lightning_recipes.core.phases import PhasePlan, Phases
@@ -198,6 +199,7 @@ class Session:
         session = _SESSIONS.get(trainer)
         if session is None or isinstance(trainer.strategy.__dict__.get("on_exception"), Patch):
             return
+        end_of_recording()
         session._refused = isinstance(exception, RecipeError) and trainer.global_step <= session._steps_before
         saving = trainer.checkpoint_callbacks if session._refused else []
         silenced = [Patch(each, "on_exception", lambda *args: None) for each in saving]

@@ -17,6 +17,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
 
 from lightning_recipes import callbacks, cli
 from lightning_recipes.core.errors import RecipeError
@@ -24,7 +25,7 @@ from tests.stock import Classifier, Watch, loader, quiet, same, samples, weights
 
 from .misuses import MISUSES, Misuse
 
-CROSS_ENTROPY = F.cross_entropy
+CROSS_ENTROPY, DATA_LOADER = F.cross_entropy, DataLoader.__init__
 OF_LIGHTNING = {"_trainer", "_hparams"}  # attributes that it leaves on a module
 
 
@@ -107,6 +108,7 @@ def test_one_clear_error_and_nothing_half_applied(
     held = torch.load(earlier, weights_only=True)["state_dict"] if misuse.loads else start
     assert same(weights(module), held)
     assert F.cross_entropy is CROSS_ENTROPY
+    assert DataLoader.__init__ is DATA_LOADER
     assert files(tmp_path) == there
 
 

@@ -517,7 +517,8 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
 # -- what it leaves behind -------------------------------------------------------------------------------------------
 
 
-def test_afterwards_loader_module_and_trainer_are_stock() -> None:
+def test_afterwards_loader_module_and_trainer_are_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_SEED_WORKERS", raising=False)  # of an earlier seed_everything: Lightning seeds workers then
     data, module = loader(num_workers=1), Module()
     before = dict(vars(data))
     trainer = pl.Trainer(
