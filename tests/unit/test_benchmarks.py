@@ -172,15 +172,20 @@ def test_orthogonality_by_hand_has_the_numbers_of_the_card():
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """Networks that are trained in no time, and a garbage collector as it was."""
+def make_tiny(monkeypatch):
+    """Networks that are trained in no time, on a CPU."""
     networks = {
         name: (cases.NETWORKS["cpu"][name][0], {**cases.NETWORKS["cpu"][name][1], **TINY[name]}) for name in TINY
     }
     monkeypatch.setitem(cases.NETWORKS, "cpu", networks)
     monkeypatch.setitem(turns.IMAGE_SIZE, "cpu", SIZE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Tiny networks, and a garbage collector as it was."""
+    make_tiny(monkeypatch)
     yield
     gc.unfreeze()
     gc.enable()
@@ -251,32 +256,43 @@ def test_peak_bytes_counts_the_weights_and_what_was_held_at_once():
     assert turns.peak_bytes(part, job) == own + 4 * 4000
 
 
-def test_peak_memory_says_what_unfreezing_saves(tiny):
-    peaks = {}
+def _peak_memory(case, batch, pipe):
+    """In a new interpreter, from which each variant is forked as the command does it: the profiler sees everything that
+    is allocated only where none ran before."""
+    make_tiny(pytest.MonkeyPatch())
     for variant in ("plain", "recipe", "loop with method"):
         ours, theirs = told(0)
-        turns.run("ProgressiveUnfreezing, head", variant, "memory", Settings(batch=2), theirs)
-        peaks[variant] = ours.recv()
+        arguments = (case, variant, "memory", Settings(batch=batch), theirs)
+        measured = multiprocessing.get_context("fork").Process(target=turns.run, args=arguments)
+        measured.start()
+        pipe.send(ours.recv())
+        measured.join()
+
+
+def peak_memory(case, batch):
+    ours, theirs = multiprocessing.Pipe()
+    interpreter = multiprocessing.get_context("spawn").Process(target=_peak_memory, args=(case, batch, theirs))
+    interpreter.start()
+    theirs.close()
+    peaks = [ours.recv() for _ in range(3)]
+    interpreter.join()
+    return peaks
+
+
+def test_peak_memory_says_what_unfreezing_saves(tiny):
+    plain, recipe, by_hand = peak_memory("ProgressiveUnfreezing, head", 2)
     weights = sum(p.nbytes for p in net("resnet").parameters())
-    assert peaks["plain"] - peaks["recipe"] > 3 * 0.9 * weights  # no gradients and no state of AdamW but the head's
-    assert peaks["loop with method"] == pytest.approx(peaks["recipe"], rel=0.1)
+    assert plain - recipe > 3 * 0.9 * weights  # no gradients and no state of AdamW but the head's
+    assert by_hand == pytest.approx(recipe, rel=0.1)
 
 
 def test_peak_memory_says_what_training_a_tenth_of_the_entries_saves(tiny):
     """Against all of them, in bytes for each: a gradient, two moments of AdamW, and what its step makes meanwhile."""
-    peaks = {}
-    for variant in ("plain", "recipe", "loop with method"):
-        ours, theirs = told(0)
-        arguments = ("SaRA, 10%", variant, "memory", Settings(batch=1), theirs)
-        # as the command does it: in one process the profiler does not see every measurement after the first
-        measured = multiprocessing.get_context("fork").Process(target=turns.run, args=arguments)
-        measured.start()
-        peaks[variant] = ours.recv()
-        measured.join()
+    plain, recipe, by_hand = peak_memory("SaRA, 10%", 1)
     weights = sum(p.nbytes for p in net("vit").parameters())
-    assert peaks["plain"] > 4 * weights
-    assert peaks["recipe"] < 2.5 * weights
-    assert peaks["loop with method"] == pytest.approx(peaks["recipe"], rel=0.15)
+    assert plain > 4 * weights
+    assert recipe < 2.5 * weights
+    assert by_hand == pytest.approx(recipe, rel=0.15)
 
 
 def test_a_slow_moment_that_hits_a_whole_round_does_not_show_in_the_factors():
