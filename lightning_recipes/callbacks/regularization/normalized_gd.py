@@ -30,6 +30,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -193,6 +194,7 @@ class NormalizedGD(StepRecipe):
         self.max_beta, self.stop_when_separated = max_beta, stop_when_separated
         self.criterion, self.require_full_batch = criterion, require_full_batch
         self._begin()
+        self._looked_at: int | None = None  # epoch
         self._plan: Plan | None = None
 
     def _begin(self) -> None:
@@ -230,13 +232,18 @@ class NormalizedGD(StepRecipe):
             rank_zero_warn(f"NormalizedGD: the factor scales what {names} adds to the loss too")
         if self.stop_when_separated and trainer.max_epochs == -1 and trainer.max_steps == -1:
             rank_zero_warn("NormalizedGD: the fit has no other end: it never ends if the classes cannot be separated")
-        self._check_full_batch(trainer)
+        self._looked_at = None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._wrong = None
-        self._check_full_batch(trainer)  # accumulation may follow a schedule
 
-    def _check_full_batch(self, trainer: pl.Trainer) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """At the first batch of every epoch: a schedule of the accumulation has had its turn by then."""
+        if self._looked_at == trainer.current_epoch:
+            return
+        self._looked_at = trainer.current_epoch
         partial = _less_than_everything(trainer)
         if partial is None:
             return
@@ -370,8 +377,10 @@ def _less_than_everything(trainer: pl.Trainer) -> str | None:
     """
     loader, batches, window = trainer.train_dataloader, trainer.num_training_batches, trainer.accumulate_grad_batches
     size, sampler, world = getattr(loader, "batch_size", None), getattr(loader, "sampler", None), rank_and_world()[1]
-    if size is None or not hasattr(sampler, "__len__"):
-        there = len(loader) if hasattr(loader, "__len__") else batches
+    if size is None or sized_len(loader) is None or sized_len(sampler) is None:
+        there = sized_len(loader)
+        if there is None:
+            return "the training data have no length: give a data set that has one"
         if batches == window == there:
             return None
         return f"accumulate_grad_batches is {window}, and an epoch has {there} batches: set it to that many"
