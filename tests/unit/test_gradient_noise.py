@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_recipes.callbacks import GradientNoise, ProgressiveUnfreezing
@@ -379,3 +380,29 @@ def test_a_recipe_can_be_copied_before_and_after_a_fit():
     recipe = GradientNoise()
     fit(Classifier(), recipe)
     assert copy.deepcopy(recipe).arguments == recipe.arguments
+
+
+def half():
+    """fp16 on the CPU: autocast off, the scaler on."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+
+
+def test_under_fp16_noise_is_added_to_the_unscaled_gradient_and_a_skipped_step_counts():
+    class Breaks(Flat):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("inf") if batch_idx == 1 else loss
+
+    module, recipe = Breaks(optimizer=sgd(1.0)), GradientNoise(eta=1.0)
+    trainer = fit(module, recipe, plugins=[half()])
+    expected = [torch.zeros_like(p) for _, p in sorted(module.net.named_parameters())]
+    for step in (0, 2, 3):
+        add_noise_(expected, deviation(step, 1.0, 0.55), 0, "GradientNoise", step)
+    assert all(torch.allclose(a, -b, atol=1e-6) for a, b in zip(moved(module).values(), expected, strict=True))
+    assert recipe.state()["steps"] == trainer.global_step == 4
+
+
+def test_a_fused_optimizer_under_fp16_is_refused():
+    module = Classifier(optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True))
+    with pytest.raises(RecipeError, match=r"GradientNoise .*AdamW\(fused=True\) unscales"):
+        fit(module, GradientNoise(), plugins=[half()])

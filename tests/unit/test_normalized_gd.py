@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
@@ -609,3 +610,17 @@ def test_what_softens_labels_or_changes_the_gradient_is_refused_by_its_name(name
         callbacks = [loose(), _stand_in(name)]
         with pytest.raises(RecipeError, match=f"NormalizedGD and {name} cannot share a Trainer: .*{reason}"):
             fit(Classifier(), None, callbacks=callbacks[::-1] if place else callbacks)
+
+
+def test_under_fp16_the_unscaled_gradient_is_scaled_and_that_it_underflows_is_said():
+    half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    module, plain = Classifier(), Classifier()
+    with pytest.warns(UserWarning, match="gradients of small losses underflow in fp16; use precision='32-true'"):
+        fit(module, NormalizedGD(), size=16, plugins=[half])
+    fit(plain, NormalizedGD(), size=16)
+    assert all(torch.allclose(a, b, atol=2e-3) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    assert not same(weights(plain), weights(Classifier()))
+
+
+def test_a_margin_that_is_not_a_number_is_not_right():
+    assert tally(torch.tensor([math.nan, 1.0]))[2] == 1

@@ -114,7 +114,7 @@ def tally(margins: Tensor, kept: Tensor | None = None) -> Tensor:
         fp64 ``[4]`` (fp32 on a device without).
     """
     m = margins.flatten().to(torch.float32 if margins.device.type == "mps" else torch.float64)
-    s, wrong = torch.sigmoid(-m), m <= 0
+    s, wrong = torch.sigmoid(-m), ~(m > 0)  # also where it is not a number
     count = m.new_tensor(float(len(m))) if kept is None else kept.sum().to(m.dtype)
     if kept is not None:
         kept = kept.flatten()
