@@ -85,7 +85,7 @@ def misuses() -> list[Misuse]:
         ),
         noise(
             "other parameters on a resume",
-            r"`parameters` chose 2 parameters, the first 'net\.0\.bias', there and chooses all here\. Resume with the",
+            r"`parameters` chose 2 parameters, the first 'net\.0\.bias' there and chooses all here\. Resume with the",
             _noise,
             checkpoint=saved(Classifier, lambda: _noise(parameters=["0"])),
         ),
@@ -129,7 +129,7 @@ def misuses() -> list[Misuse]:
         ),
         noise(
             "a recipe after it that scales the gradient",
-            r"NormalizedGD must stand before GradientNoise in Trainer\(callbacks=\[\.\.\.\]\): the noise is added to the",
+            r"NormalizedGD must stand before GradientNoise in Trainer\(callbacks=\[\.\.\.\]\): the noise is added",
             lambda: [GradientNoise(), NormalizedGD(require_full_batch=False)],
         ),
     ]
