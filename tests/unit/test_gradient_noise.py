@@ -283,13 +283,23 @@ def test_sigma_and_the_ratio_of_noise_to_gradient_are_logged():
     watch = Watch(
         on_train_batch_end=lambda t, *rest: logged.append({k: float(v) for k, v in t.callback_metrics.items()})
     )
-    fit(module, GradientNoise(eta=0.04), watch, gradient_clip_val=0.01)
+    fit(module, GradientNoise(eta=0.04), watch, gradient_clip_val=0.01, log_every_n_steps=1)
     size = sum(p.numel() for p in module.parameters())
     for step, values in enumerate(logged):
         assert values["gradient_noise/sigma"] == pytest.approx(deviation(step, 0.04, 0.55))
         assert values["gradient_noise/ratio"] == pytest.approx(
             values["gradient_noise/sigma"] * size**0.5 / 0.01, rel=1e-3
         )
+
+
+def test_it_logs_where_the_loggers_write():
+    logged = []
+    watch = Watch(on_train_batch_end=lambda t, *rest: logged.append("gradient_noise/sigma" in t.callback_metrics))
+    fit(Classifier(), GradientNoise(), watch, log_every_n_steps=3)
+    assert logged[:3] == [False, False, True]
+    logged.clear()
+    fit(Classifier(), GradientNoise(), watch, log_every_n_steps=0)
+    assert not any(logged)
 
 
 def test_noise_that_drowns_the_gradient_is_worth_a_word_once_after_fifty_steps_of_it():

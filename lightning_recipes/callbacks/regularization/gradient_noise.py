@@ -217,10 +217,16 @@ class GradientNoise(Recipe):
         sigma = deviation(step, self.eta, self.gamma)
         ratio = sigma * sqrt(sum(g.numel() for g in gradients)) / global_norm(gradients)
         add_noise_(gradients, sigma, self.seed, "GradientNoise", step)
-        # Allowed here: edits run inside the hook `configure_gradient_clipping`.
-        values = {"sigma": torch.full_like(ratio, sigma), "ratio": ratio}
-        self._plan.module.log_dict({f"{prefix(self)}/{name}": value for name, value in values.items()})
+        self._log(sigma, ratio)
         self._warn_if_drowned(step, ratio)
+
+    def _log(self, sigma: float, ratio: Tensor) -> None:
+        """In the steps that the Trainer's loggers write: a log entry costs more than the noise of a small network."""
+        trainer, every = self._plan.trainer, self._plan.trainer.log_every_n_steps
+        if every and (trainer.global_step + 1) % every == 0:
+            values = {"sigma": torch.full_like(ratio, sigma), "ratio": ratio}
+            # Allowed here: edits run inside the hook `configure_gradient_clipping`.
+            self._plan.module.log_dict({f"{prefix(self)}/{name}": value for name, value in values.items()})
 
     def _warn_if_drowned(self, step: int, ratio: Tensor) -> None:
         """After as many steps of warm-up; looked at once in so many steps, for it waits for the device."""
