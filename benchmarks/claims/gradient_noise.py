@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import SGD
 
 from benchmarks.claims.findings import Finding, Metrics, Results
 from benchmarks.claims.training import Batches, accuracy, digits, fit, seeded
 from lightning_recipes.callbacks import GradientNoise
+from lightning_recipes.modules import MLP
 
 RECIPE = "GradientNoise"
 CLAIM = "With annealed noise on its gradients a badly initialised network begins to train; a good one gains nothing."
@@ -31,42 +30,27 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "3 layers": {"layers": 3, "eta": 0.01},
     "6 layers, no noise": {"layers": 6, "eta": 0.0},
     "6 layers": {"layers": 6, "eta": 0.3},
-    "He, no noise": {"layers": 5, "eta": 0.0, "zeros": False},
-    "He": {"layers": 5, "eta": 0.01, "zeros": False},
+    "He, no noise": {"layers": 5, "eta": 0.0, "init": "he"},
+    "He": {"layers": 5, "eta": 0.01, "init": "he"},
 }
 
 
-def network(layers: int, zeros: bool) -> nn.Sequential:
-    """That many hidden layers, all weights and biases zero or the weights after He et al. (2015)."""
-    sizes = [64, *[WIDTH] * layers, 10]
-    parts: list[nn.Module] = []
-    for before, after in pairwise(sizes):
-        linear = nn.Linear(before, after)
-        nn.init.zeros_(linear.bias)
-        if zeros:
-            nn.init.zeros_(linear.weight)
-        else:
-            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-        parts += [linear, nn.ReLU()]
-    return nn.Sequential(*parts[:-1])
-
-
-def run(seed: int, layers: int, eta: float, zeros: bool = True) -> Metrics:
+def run(seed: int, layers: int, eta: float, init: str = "zeros") -> Metrics:
     """Train once.
 
     Args:
         seed: of split, weights, order and noise.
         layers: hidden ones.
         eta: of GradientNoise; 0 is without.
-        zeros: whether the network begins at zero.
+        init: of MLP.
 
     Returns:
         ``accuracy`` on the test digits.
     """
     with seeded(seed):
-        x, y = digits()[0].flatten(1), digits()[1]
+        x, y = digits()
         train, test = torch.randperm(len(x)).split([TRAIN, len(x) - TRAIN])
-        net = network(layers, zeros)
+        net = MLP(10, size=8, width=WIDTH, depth=layers, init=init)
         noise = [GradientNoise(eta, seed=seed)] if eta else []
         batches = Batches(x[train], y[train], BATCH, seed)
         fit(net, batches, EPOCHS, partial(SGD, lr=0.1), callbacks=noise, gradient_clip_val=10.0)
