@@ -23,8 +23,8 @@ NETS = {
     "small_cnn": SmallCNN,
     "lightweight_cnn": LightweightCNN,
     "cifar_resnet": CifarResNet,
-    "preact_resnet18": PreActResNet18,
     "mlp": MLP,
+    "preact_resnet18": PreActResNet18,
 }
 
 
@@ -50,7 +50,7 @@ class ImageClassifier(Classifier):
     Logs train/loss and, for val and test, loss, acc and ece; ``predict_step`` returns probabilities (N,num_classes).
 
     Args:
-        model: a timm name, "small_cnn", "lightweight_cnn", "cifar_resnet", "preact_resnet18", "mlp", or a module that
+        model: a timm name, "small_cnn", "lightweight_cnn", "cifar_resnet", "mlp", "preact_resnet18", or a module that
             maps images to logits.
         num_classes: classes.
         in_chans: channels of the images.
