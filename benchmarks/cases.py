@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import timm
 from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks import loops
 from lightning_recipes.callbacks import (
@@ -23,8 +25,10 @@ from lightning_recipes.callbacks import (
     CutMix,
     ExactResume,
     FreezeOut,
+    GradientNoise,
     LogitAdjustment,
     Mixup,
+    NormalizedGD,
     ProgressiveUnfreezing,
     ProjectionHead,
     SaRA,
@@ -60,6 +64,7 @@ class Case:
         loop: the same method by hand: trains a network on batches, as in :mod:`benchmarks.loops`.
         num_workers: of the dataloader.
         saves: measure what the recipe adds to a checkpoint too.
+        optimizer: makes that of all variants from the parameters.
     """
 
     network: str
@@ -68,6 +73,7 @@ class Case:
     loop: Callable[[nn.Module, loops.Batches, loops.Amp], None] | None = None
     num_workers: int = 0
     saves: bool = False
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -197,6 +203,18 @@ CASES: dict[str, Case] = {
         lambda: [SLCA([list(range(10))], None, ca_epochs=0)],
         lambda: [SLCA(1, backbone_lr_scale=1.0)],
         lambda net, batches, amp: loops.slow_learner(net, batches, amp, begin=_first_rows),
+    ),
+    "GradientNoise": Case(
+        "resnet",
+        lambda: [GradientNoise()],
+        lambda: [GradientNoise(0.0)],
+        lambda net, batches, amp: loops.noisy(net, batches, amp),
+    ),
+    "NormalizedGD": Case(
+        "resnet",
+        lambda: [NormalizedGD(require_full_batch=False)],
+        loop=lambda net, batches, amp: loops.normalized(net, batches, amp),
+        optimizer=partial(SGD, lr=0.01),
     ),
     "ExactResume": Case("resnet", lambda: [ExactResume()], saves=True),
     "ExactResume, 2 workers": Case("resnet", lambda: [ExactResume()], num_workers=2, saves=True),

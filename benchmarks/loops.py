@@ -1,8 +1,8 @@
 """Every benchmarked method once more, by hand: a plain PyTorch loop without Lightning and without this package.
 
 What a recipe costs is held against these. Each trains `net` in place on all of `batches`, pairs of images [n, C, H, W]
-and labels [n] on the network's device, with AdamW at its defaults, as the stock module does. `amp` makes the context of
-a forward pass, ``torch.autocast`` for mixed precision. Nothing is logged.
+and labels [n] on the network's device, with AdamW at its defaults as the stock module does, or as it says. `amp` makes
+the context of a forward pass, ``torch.autocast`` for mixed precision. Nothing is logged.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Amp = Callable[[], AbstractContextManager]
 
 
-def plain(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None:
+def plain(
+    net: nn.Module,
+    batches: Batches,
+    amp: Amp = nullcontext,
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW,
+) -> None:
     """Cross-entropy on whatever requires a gradient."""
-    descend(net, AdamW(trained(net)), batches, amp)
+    descend(net, optimizer(trained(net)), batches, amp)
 
 
-def descend(net: nn.Module, optimizer: AdamW, batches: Batches, amp: Amp) -> None:
+def descend(net: nn.Module, optimizer: Optimizer, batches: Batches, amp: Amp) -> None:
     """One pass over the batches."""
     net.train()
     for x, y in batches:
@@ -445,6 +450,42 @@ def mix(size: int, count: int, cut: bool, alpha: float, prob: float) -> tuple[fl
         box = max(x - half, 0), max(y - half, 0), min(x + half, size), min(y + half, size)
         share = 1 - (box[2] - box[0]) * (box[3] - box[1]) / size**2
     return share, box, torch.randperm(count)
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+def noisy(net: nn.Module, batches: Batches, amp: Amp = nullcontext, eta: float = 0.01, gamma: float = 0.55) -> None:
+    """Gaussian noise of variance eta / (1 + t)^gamma on every gradient."""
+    parameters = trained(net)
+    optimizer = AdamW(parameters)
+    net.train()
+    for step, (x, y) in enumerate(batches):
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in parameters]
+        noise = [torch.randn_like(g) for g in gradients]
+        torch._foreach_add_(gradients, noise, alpha=math.sqrt(eta / (1 + step) ** gamma))
+        optimizer.step()
+
+
+def normalized(net: nn.Module, batches: Batches, amp: Amp = nullcontext, lr: float = 0.01) -> None:
+    """SGD on the gradient divided by the mean of 1 - p of the label."""
+    parameters = trained(net)
+    optimizer = SGD(parameters, lr=lr)
+    net.train()
+    for x, y in batches:
+        with amp():
+            logits = net(x)
+            loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        z, y = logits.detach().float(), y[:, None]
+        margin = z.gather(1, y) - z.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)
+        torch._foreach_mul_([p.grad for p in parameters], (1 / torch.sigmoid(-margin.double()).mean()).float())
+        optimizer.step()
 
 
 # -- long tails ------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
     def train() -> None:
         if variant in BY_HAND:
             amp = partial(torch.autocast, device.type, torch.bfloat16) if settings.bf16 else nullcontext
-            method = loops.plain if variant == "plain loop" else case.loop
+            method = partial(loops.plain, optimizer=case.optimizer) if variant == "plain loop" else case.loop
             method(net.to(device), before_each(loader, device, turns if task == "steps" else None), amp)
             return
         callbacks = {"plain": list, "neutral": case.neutral, "recipe": case.recipes}[variant]()
@@ -159,7 +159,7 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(ImageClassifier(net), loader)
+        trainer.fit(ImageClassifier(net, optimizer=case.optimizer), loader)
 
     if task == "memory":
         pipe.send(peak_bytes(net, train))

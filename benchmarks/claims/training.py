@@ -103,8 +103,9 @@ def fit(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
     schedule: Callable[[Optimizer, int], Any] | None = None,
     callbacks: Sequence[pl.Callback] = (),
+    **settings: Any,
 ) -> pl.Trainer:
-    """Train a network in place and leave it in eval mode; returns the Trainer that did it."""
+    """Train a network in place and leave it in eval mode; returns the Trainer that did it. Further settings are its."""
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -114,6 +115,7 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **settings,
     )
     net.train()  # Lightning would leave a network in eval mode as it is
     trainer.fit(StockClassifier(net, optimizer, schedule), batches)

@@ -13,6 +13,8 @@ from lightning_recipes.callbacks.finetuning.mixing import CutMix, Mixup
 from lightning_recipes.callbacks.finetuning.pre_post_monitor import PrePostMonitor
 from lightning_recipes.callbacks.finetuning.progressive_unfreezing import ProgressiveUnfreezing
 from lightning_recipes.callbacks.finetuning.projection_head import ProjectionHead
+from lightning_recipes.callbacks.regularization.gradient_noise import GradientNoise
+from lightning_recipes.callbacks.regularization.normalized_gd import NormalizedGD
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer
@@ -36,9 +38,11 @@ __all__ = [
     "ExactResume",
     "ForgettingMonitor",
     "FreezeOut",
+    "GradientNoise",
     "LogitAdjustment",
     "LongTailMonitor",
     "Mixup",
+    "NormalizedGD",
     "PrePostMonitor",
     "ProgressiveUnfreezing",
     "ProjectionHead",

@@ -28,6 +28,7 @@ OBSERVED = (
     *CLASS_LOSSES,
     "binary_cross_entropy_with_logits",
     "binary_cross_entropy",
+    "soft_margin_loss",
     "mse_loss",
     "l1_loss",
     "smooth_l1_loss",

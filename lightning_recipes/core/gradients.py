@@ -41,11 +41,21 @@ class GradientSocket:
         self._edits: dict[str, list[Edit]] = {"before_clip": [], "after_clip": [], "after_step": []}
         self._watched: dict[Optimizer, RemovableHandle] = {}
         self._window: Window | None = None
+        self._once: list[Recipe] = []
+        self._edited_at: tuple[int, int] | None = None
 
     def add(
-        self, recipe: Recipe, edit: Edit, when: Literal["before_clip", "after_clip", "after_step"] = "before_clip"
+        self,
+        recipe: Recipe,
+        edit: Edit,
+        when: Literal["before_clip", "after_clip", "after_step"] = "before_clip",
+        once: bool = False,
     ) -> None:
         """Declare an edit of ``.grad`` (in place), called with the optimizer; for 'after_step' see :meth:`after_step`.
+
+        Args:
+            once: whether the edit is one of the update: an optimizer that asks for a second gradient in it (its
+                closure) is refused when it does.
 
         Raises:
             RecipeError: under manual optimization, where the module steps by itself.
@@ -56,6 +66,8 @@ class GradientSocket:
                 " the module takes its optimizer steps itself"
             )
         self._edits[when].append(edit)
+        if once:
+            self._once.append(recipe)
 
     def after_step(self, recipe: Recipe, edit: Edit) -> None:
         """Declare an edit of the weights (in place), called with the optimizer right after it has stepped.
@@ -85,7 +97,7 @@ class GradientSocket:
                 " window; use one of them"
             )
         window = self._window = Window(recipe, self.trainer, self.module, run)
-        self.add(recipe, lambda optimizer: window.run(edit, optimizer))
+        self.add(recipe, lambda optimizer: window.run(edit, optimizer), once=True)
 
     def install(self, undo: ExitStack) -> None:
         """Put the wrappers on and leave their removal with `undo`."""
@@ -126,6 +138,13 @@ class GradientSocket:
             self._window.load_state(state)
 
     def _clip(self, patch: Patch, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        here = self.trainer.current_epoch, self.trainer.fit_loop.batch_idx
+        if self._once and here == self._edited_at:
+            raise RecipeError(
+                f"{type(self._once[0]).__name__} edits the gradient of an update, and {type(optimizer).__name__} calls"
+                " its closure several times for one; use another optimizer"
+            )
+        self._edited_at = here
         for edit in self._edits["before_clip"]:
             edit(optimizer)
         patch.original(optimizer, *args, **kwargs)
@@ -163,7 +182,6 @@ class Window:
         self._steps: list[tuple[tuple[Any, ...], int, dict[str, Any], Tensor]] = []
         self._patch: Patch | None = None
         self._recording = True
-        self._edited_at: tuple[int, int] | None = None
 
     def install(self, undo: ExitStack) -> None:
         """Record every step from here on; outermost of the wrappers on ``training_step``."""
@@ -183,18 +201,7 @@ class Window:
         return output
 
     def run(self, edit: Callable[[Optimizer, Window], None], optimizer: Optimizer) -> None:
-        """Let the owner edit the gradient, then forget the window.
-
-        Raises:
-            RecipeError: for an optimizer that asks for a second gradient in one update.
-        """
-        here = self.trainer.current_epoch, self.trainer.fit_loop.batch_idx
-        if here == self._edited_at:
-            raise RecipeError(
-                f"{type(self.owner).__name__} edits the gradient of an update, and {type(optimizer).__name__} calls its"
-                " closure several times for one; use another optimizer"
-            )
-        self._edited_at = here
+        """Let the owner edit the gradient, then forget the window."""
         self._recording = False
         try:
             if self._steps:

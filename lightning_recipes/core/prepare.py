@@ -66,10 +66,14 @@ class Plan:
         self._session.step_recipes.append(recipe)
 
     def edit_gradients(
-        self, edit: Callable[[Optimizer], None], when: Literal["before_clip", "after_clip"] = "before_clip"
+        self,
+        edit: Callable[[Optimizer], None],
+        when: Literal["before_clip", "after_clip"] = "before_clip",
+        once: bool = False,
     ) -> None:
-        """Edit the true final gradient in place, once an optimizer step."""
-        self._session.gradients.add(self._recipe, edit, when)
+        """Edit the true final gradient in place, once an optimizer step; with `once` an optimizer that asks for
+        several gradients a step is refused."""
+        self._session.gradients.add(self._recipe, edit, when, once)
         self._session.edits.append(self._recipe)
 
     def after_step(self, edit: Callable[[Optimizer], None]) -> None:
@@ -91,6 +95,10 @@ class Plan:
         In validate, test and predict it is carried out as the checkpoint describes it, where it does.
         """
         self._session.surgeries[self._recipe] = spec
+
+    def after_surgery(self, look: Callable[[], None]) -> None:
+        """Have the recipe look at the network once all surgery is done and all names are final; it may refuse then."""
+        self._session.looks[self._recipe] = look
 
     def parameters(self, claim: Callable[[], Claim]) -> None:
         """Claim parameters; the claim is asked for after surgery, when all names are final."""
@@ -153,6 +161,7 @@ class Session:
         self.step_recipes: list[StepRecipe] = []
         self.edits: list[Recipe] = []
         self.parts: list[Part] = []
+        self.looks: dict[Recipe, Callable[[], None]] = {}
         self.phase_plan: tuple[Recipe, PhasePlan] | None = None
         self.phases: Phases | None = None
         self.keeps_place = False
@@ -323,6 +332,9 @@ class Session:
             self.claims.setdefault(recipe, Claim)
 
     def _attach(self, checkpoint: Mapping[str, Any]) -> None:
+        for recipe, look in self.looks.items():
+            with speaking_for(recipe):
+                look()
         if self.phase_plan is not None:  # first: the parameter socket wraps the optimizers of a phase too
             recipe, plan = self.phase_plan
             with speaking_for(recipe):

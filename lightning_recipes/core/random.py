@@ -37,9 +37,13 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by :func:`key`: the same draws on every rank and after every resume."""
-    return torch.Generator().manual_seed(key(*parts) & (2**63 - 1))
+def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by :func:`key`: the same draws on every rank and after every resume.
+
+    Args:
+        device: kind of device to draw on; a CPU and a GPU draw other numbers from one key.
+    """
+    return torch.Generator(device).manual_seed(key(*parts) & (2**63 - 1))
 
 
 def uniform(parts: int, index: Tensor, shape: Sequence[int]) -> Tensor:

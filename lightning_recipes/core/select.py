@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import lightning.pytorch as pl
 from torch import nn
+from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_recipes.core.errors import RecipeError
@@ -167,6 +168,23 @@ def parameters_under(module: nn.Module, patterns: Sequence[str], argument: str) 
             )
         found.update(dict.fromkeys(hits))
     return list(found)
+
+
+def parameters_by(
+    module: nn.Module, wanted: str | Sequence[str] | Callable[[str, Parameter], bool], argument: str
+) -> list[str]:
+    """Names of the parameters under one or several patterns of :func:`parameters_under`, or those of which a function
+    of name and parameter says so.
+
+    Raises:
+        RecipeError: for a pattern that matches nothing, or a function that chooses none; lists the module's parts.
+    """
+    if not callable(wanted):
+        return parameters_under(module, [wanted] if isinstance(wanted, str) else wanted, argument)
+    found = [name for name, parameter in module.named_parameters() if wanted(name, parameter)]
+    if not found:
+        raise RecipeError(f"{argument}: the function chooses no parameter; the module's parts are {names_of(module)}")
+    return found
 
 
 def names_of(module: nn.Module, depth: int = 2) -> list[str]:

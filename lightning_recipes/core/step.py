@@ -71,6 +71,7 @@ class Step:
         batch: the batch, after the transforms so far.
         batch_idx: its index in the epoch.
         outputs: logits as the network gave them, once the loss was called.
+        weights: one a sample, of all recipes together, as the loss had them; None where it had none.
         logits, targets: as the loss saw them. ``hard_targets``: as the module gave them.
         loss: the observed loss. ``own_loss``: what the module returned, observed or not.
         replaying: True inside :meth:`replay`; a recipe must not change its own state then.
@@ -111,6 +112,10 @@ class Step:
     def epochs_done(self) -> float:
         """Epochs with the fraction of the running one, in batches; the same when this batch is run again."""
         return self.trainer.current_epoch + self.batch_idx / max(self.trainer.num_training_batches, 1)
+
+    @property
+    def weights(self) -> Tensor | None:
+        return self._weights
 
     @property
     def closes_window(self) -> bool:

@@ -12,6 +12,7 @@ from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
 from lightning_recipes.datamodules.superclasses import SuperclassDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
+from lightning_recipes.datamodules.two_classes import TwoClassDataModule
 
 __all__ = [
     "ArrayDataModule",
@@ -30,4 +31,5 @@ __all__ = [
     "SuperclassDataModule",
     "TextDataModule",
     "TorchvisionDataModule",
+    "TwoClassDataModule",
 ]

@@ -14,11 +14,13 @@ from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.metrics import BaseToNovelAccuracy, harmonic_mean
+from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 from lightning_recipes.modules.small_cnn import SmallCNN
 
 __all__ = [
+    "MLP",
     "AugmentBatch",
     "BaseToNovelAccuracy",
     "CausalLM",

@@ -19,6 +19,7 @@ from benchmarks import cases, loops, turns
 from benchmarks.cases import CASES, build
 from benchmarks.turns import Settings
 from lightning_recipes.callbacks.adapters import sara
+from lightning_recipes.callbacks.regularization import gradient_noise
 from lightning_recipes.core.adapters import Adapters
 from lightning_recipes.core.mixing import Mix, Mixing
 from lightning_recipes.core.step import Step
@@ -62,6 +63,8 @@ def same_noise(monkeypatch):
         alpha = getattr(recipe, "mixup_alpha", recipe.alpha)
         return Mix(*loops.mix(x.shape[-1], len(x), mixing.kind == "cutmix", alpha, mixing.prob))
 
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.arange(1.0, x.numel() + 1).sin().view(x.shape))
+    monkeypatch.setattr(gradient_noise, "normal_like", lambda tensors, _: [torch.randn_like(t) for t in tensors])
     monkeypatch.setattr(Mixing, "_decide", mix_by_hand)
     monkeypatch.setattr(Step, "uniform", lambda self, recipe, seed, stream, like: torch.rand_like(like))
     monkeypatch.setattr(sara, "drawn", lambda seed, step, count: step % count)
@@ -99,7 +102,7 @@ def folded(trained):
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_loop_by_hand_ends_with_the_weights_of_the_recipe(name, same_noise, monkeypatch):
     case, start = CASES[name], net(CASES[name].network)
-    module, recipes, adapters = ImageClassifier(copy.deepcopy(start)), case.recipes(), []
+    module, recipes, adapters = ImageClassifier(copy.deepcopy(start), optimizer=case.optimizer), case.recipes(), []
     same_noise()
     quiet(callbacks=[*recipes, first_adapters(recipes, adapters)]).fit(module, data())
 
@@ -151,6 +154,7 @@ def test_what_the_loops_add_to_plain_training_acts_on_the_data_of_these_tests(sa
         (partial(loops.sara, share=0.2), lambda: net("vit"), {"weight": 0.0}),
         (loops.mixing, resnet, {"prob": 0.0}),
         (loops.wise_ft, resnet, {"alpha": 1.0}),
+        (loops.noisy, resnet, {"eta": 0.0}),
     ):
         assert (train(loop, network) - train(loop, network, **off)).abs().max() > 1e-4, off
 

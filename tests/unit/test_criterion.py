@@ -394,3 +394,11 @@ def test_an_auxiliary_loss_asks_for_an_index():
     logits, y, loss = fit(Auxiliary(), Weigh(1))
     each = -logits.log_softmax(1)[range(4), y]
     assert loss == pytest.approx((torch.arange(1.0, 5.0) * each).mean().item(), rel=1e-5)
+
+
+def test_a_soft_margin_loss_is_seen_and_can_be_weighted():
+    signs = (REAL > 0).float() * 2 - 1
+    loss, watch = watched(lambda: F.soft_margin_loss(Z, signs), Stages(weights=W))
+    assert [call.name for call in watch.seen] == ["soft_margin_loss"] and not watch.call.classifies
+    by_hand = F.softplus(-signs * Z) * W.reshape(-1, *[1] * (Z.dim() - 1))
+    assert torch.allclose(loss, by_hand.mean())

@@ -200,6 +200,53 @@ def test_afterwards_no_optimizer_has_a_hook_of_ours(stops):
     assert "configure_gradient_clipping" not in module.__dict__
 
 
+class Twice(torch.optim.SGD):
+    """Asks for two gradients an update."""
+
+    def step(self, closure):
+        closure()
+        return super().step(closure)
+
+
+class OnceAnUpdate(Edit):
+    def declare(self, plan):
+        plan.edit_gradients(self.edit, self.when, once=True)
+
+
+@pytest.mark.parametrize("when", ["before_clip", "after_clip"])
+def test_a_second_gradient_in_one_update_is_refused_where_an_edit_is_one_of_the_update(when):
+    calls = []
+    module = Classifier(optimizer=lambda parameters: Twice(parameters, lr=0.1))
+    with pytest.raises(RecipeError, match="OnceAnUpdate edits the gradient of an update, and Twice calls its closure"):
+        fit(module, Edit(lambda _: None), OnceAnUpdate(calls.append, when))
+    assert len(calls) == 1 and same(weights(module.net), weights(mlp()))
+    fit(module, Edit(calls.append, when))
+    assert len(calls) == 1 + 2 * 5
+
+
+def test_a_recipe_looks_at_the_network_after_all_surgery_and_before_it_trains():
+    from lightning_recipes.callbacks import PEGO
+
+    class Looks(Recipe):
+        def declare(self, plan):
+            plan.after_surgery(lambda: seen.append([name for name, _ in plan.module.named_parameters()]))
+
+    class Refuses(Recipe):
+        def declare(self, plan):
+            plan.after_surgery(self.look)
+
+        def look(self):
+            raise RecipeError("there is no such thing")
+
+    seen, module = [], Classifier()
+    fit(module, Looks(), PEGO(1, 2, target_modules=["0"]))
+    assert len(seen) == 1 and "net.0.lora_A.g0.weight" in seen[0]
+    before = weights(module)
+    with pytest.raises(RecipeError, match="Refuses: there is no such thing"):
+        fit(module, Refuses(), PEGO(1, 2, target_modules=["0"]))
+    assert same(before, weights(module))
+
+
 def test_the_modules_own_clipping_still_runs():
     class Clips(Classifier):
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):

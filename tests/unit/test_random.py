@@ -117,6 +117,13 @@ def test_a_generator_is_seeded_by_its_key_alone():
     assert not torch.equal(torch.rand(3, generator=generator(1, "box")), first)
 
 
+def test_a_generator_stands_on_the_device_that_was_asked_for():
+    there = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_device = generator(0, "a", device=there)
+    assert on_device.device.type == there.type
+    assert on_device.initial_seed() == generator(0, "a").initial_seed() == key(0, "a") & (2**63 - 1)
+
+
 def test_nothing_here_draws_from_the_global_state():
     torch.manual_seed(0)
     state = torch.get_rng_state()

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from lightning_recipes.core.errors import RecipeError
-from lightning_recipes.core.select import head, layers, names_of, network, parameters_under
+from lightning_recipes.core.select import head, layers, names_of, network, parameters_by, parameters_under
 from tests.stock import Classifier, mlp
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
@@ -239,3 +239,24 @@ def test_a_prefix_of_a_name_is_not_its_parent():
 
 def test_names_down_to_a_depth():
     assert names_of(Nested()) == ["model", "model.backbone", "model.head"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("head", ["net.4.weight", "net.4.bias"]),
+        (["2", "*.0.bias"], ["net.2.weight", "net.2.bias", "net.0.bias"]),
+        (lambda name, p: p.dim() == 1 and "4" not in name, ["net.0.bias", "net.2.bias"]),
+    ],
+)
+def test_parameters_are_chosen_by_one_pattern_by_several_or_by_a_function(wanted, expected):
+    assert parameters_by(Classifier(), wanted, "parameters") == expected
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [("nothing", "parameters: 'nothing' matches no"), (lambda n, p: False, "parameters: the function chooses no")],
+)
+def test_a_choice_of_no_parameter_lists_the_parts(wanted, says):
+    with pytest.raises(RecipeError, match=rf"{says} parameter; the module's parts are \['net', 'net.0'"):
+        parameters_by(Classifier(), wanted, "parameters")

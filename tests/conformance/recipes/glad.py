@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import LBFGS
 
-from lightning_recipes.callbacks import GLAD, PEGO
+from lightning_recipes.callbacks import GLAD, PEGO, NormalizedGD
 from lightning_recipes.core.recipe import Recipe
 from tests.conformance.misuse import (
     SAM,
@@ -42,10 +42,6 @@ class SecondPass(Recipe):
 
 
 class ProgressiveShrinking(Recipe):
-    pass
-
-
-class NormalizedGD(Recipe):
     pass
 
 
