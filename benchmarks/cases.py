@@ -17,6 +17,7 @@ from lightning_recipes.callbacks import (
     GLAD,
     LEVI,
     PEGO,
+    PSKD,
     SLCA,
     AdaptFormer,
     CosineHead,
@@ -60,6 +61,7 @@ class Case:
         loop: the same method by hand: trains a network on batches, as in :mod:`benchmarks.loops`.
         num_workers: of the dataloader.
         saves: measure what the recipe adds to a checkpoint too.
+        epochs: of a run; steps are timed in the last one.
     """
 
     network: str
@@ -68,6 +70,7 @@ class Case:
     loop: Callable[[nn.Module, loops.Batches, loops.Amp], None] | None = None
     num_workers: int = 0
     saves: bool = False
+    epochs: int = 1
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -191,6 +194,18 @@ CASES: dict[str, Case] = {
         lambda: [ProjectionHead("fixed", kappa=1.0)],
         lambda net, batches, amp: loops.projection_head(net, batches, amp),
     ),
+    # Timed in the second epoch, when there are past predictions.
+    **{
+        f"PSKD, {mode}": Case(
+            "resnet",
+            lambda mode=mode: [PSKD(mode=mode)],
+            lambda mode=mode: [PSKD(0.0, mode=mode)],
+            lambda net, batches, amp, mode=mode: loops.self_distillation(net, batches, amp, table=mode == "table"),
+            saves=mode == "table",
+            epochs=2,
+        )
+        for mode in ("table", "snapshot")
+    },
     # A step of the slow learner; what comes between two tasks is measured by `python -m benchmarks.alignment`.
     "SLCA": Case(
         "resnet",
