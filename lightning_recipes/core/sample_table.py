@@ -56,6 +56,7 @@ class SampleTable:
     ) -> None:
         self.samples, self.columns, self.dtype, self.storage = samples, columns, dtype, storage
         self.device, self._place = torch.device(device), torch.device(device if storage == "device" else "cpu")
+        self._apart = self._place != self.device
         self._check_memory(Path(folder), copies if storage != "device" else 1)
         shape = samples + 1, columns  # the last row takes what stands for no sample
         if storage == "memmap":
@@ -103,7 +104,7 @@ class SampleTable:
         """
         self._commit()
         here = ids.to(self._place, non_blocking=True)
-        if self._place == self.device:
+        if not self._apart:
             rows, written = self._rows[here], self._written[here]
         else:
             rows = _pinned(len(ids), self.columns, self.dtype)
@@ -122,7 +123,7 @@ class SampleTable:
             values: ``[n, columns]`` on the device; kept until they are in the table.
         """
         values = values.detach().to(self.dtype)
-        if self._place == self.device:
+        if not self._apart:
             self._put(ids.to(self.device, non_blocking=True), values)
             return
         host = [_pinned(*each.shape, each.dtype) for each in (ids, values)]

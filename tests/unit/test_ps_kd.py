@@ -39,9 +39,11 @@ class Keeps(StepRecipe):
         return {}
 
 
-def fit(module: pl.LightningModule, *recipes: Any, data: Any = None, epochs: int = 3, **settings: Any) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, *recipes: Any, data: Any = None, epochs: int = 3, ckpt_path: Any = None, **settings: Any
+) -> pl.Trainer:
     trainer = quiet(callbacks=list(recipes), max_epochs=epochs, **settings)
-    trainer.fit(module, loader(X, Y) if data is None else data)
+    trainer.fit(module, loader(X, Y) if data is None else data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -381,7 +383,7 @@ def test_what_it_logs() -> None:
 
 
 def test_it_says_how_much_the_table_takes(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(Classifier(), PSKD(num_classes=3), epochs=1)
     assert "PSKD: past predictions take 12 bytes a sample, 1.92e-07 GB for 16 samples of 3 columns" in caplog.text
 
@@ -398,7 +400,7 @@ def test_labels_are_mixed_first_and_the_rows_alike(caplog: pytest.LogCaptureFixt
             return super().extra_loss(step)
 
     keeps = Mixes()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         fit(Classifier(), Mixup(0.5), PSKD(0.6), keeps, epochs=2)
     for number in range(4):
         (mix,), stored = shares[4 + number], keeps.seen[number][1].softmax(1)
@@ -536,16 +538,22 @@ def test_without_the_table_a_checkpoint_is_small_and_a_resume_begins_with_labels
     assert recipe.state()["table"] is None
 
 
-def test_a_run_longer_than_the_growth_keeps_alpha_and_one_past_it_is_refused(tmp_path: Path) -> None:
+def test_a_run_longer_than_the_growth_keeps_alpha() -> None:
     keeps = Keeps()
     fit(Classifier(optimizer=still), PSKD(0.5, 2), keeps)
     _, logits, targets, _ = keeps.seen[-1]
     assert torch.allclose(targets, 0.5 * hot(Y[12:]) + 0.5 * logits.softmax(1), atol=1e-6)
-    train(PSKD(0.5, 2), tmp_path)
+
+
+def test_alpha_counts_the_epochs_of_the_whole_run(tmp_path: Path) -> None:
+    train(PSKD(), tmp_path)
+    path = tmp_path / "step=10.ckpt"
     with pytest.raises(
-        RecipeError, match="max_epochs=2 is over already: the checkpoint was written in epoch 2, counted"
+        RecipeError, match=r"Trainer\(max_epochs=...\) is 1 and the checkpoint has trained 2 epochs alrea"
     ):
-        train(PSKD(0.5, 2), ckpt=tmp_path / "step=10.ckpt")
+        fit(Classifier(), PSKD(), epochs=1, ckpt_path=path)
+    with pytest.warns(UserWarning, match="alpha grew over 3 epochs in the run of the checkpoint and goes on over 4"):
+        fit(Classifier(), PSKD(), epochs=4, ckpt_path=path)
 
 
 def test_another_data_set_is_refused(tmp_path: Path) -> None:

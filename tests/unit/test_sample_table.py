@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,43 @@ def test_what_is_written_holds_no_graph() -> None:
     table.write(torch.tensor([0, 1]), weight * 2)
     assert not table._rows.requires_grad
     assert not table.read(torch.tensor([0]))[0].requires_grad
+
+
+def test_where_the_device_is_not_waited_for_a_write_is_there_at_the_next_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a table in main memory beside an accelerator, without one."""
+
+    class Event:
+        waited = 0
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None:
+            Event.waited += 1
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    table = SampleTable(4, 2)
+    table._apart = True
+    table.write(torch.tensor([1, 3]), rows(1, 2))
+    table.write(torch.tensor([3]), rows(3))
+    assert not table._written.any() and Event.waited == 0, "on their way"
+    assert table.read(torch.tensor([1, 3]))[0].tolist() == rows(1, 3).tolist()
+    assert Event.waited == 2
+    table.write(torch.tensor([0]), rows(4))
+    assert table.state()["rows"].tolist() == rows(4, 1, 3).tolist(), "a checkpoint waits for it too"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rows_come_from_the_device_and_go_to_it(tmp_path: Path, storage: Any) -> None:
+    table = SampleTable(6, 2, storage=storage, device="cuda:0", folder=tmp_path)
+    table.write(torch.tensor([5, 1, 5]), rows(1, 2, 3).cuda())
+    found, written = table.read(torch.tensor([1, 0, 5]))
+    assert found.device == written.device == torch.device("cuda:0")
+    assert found.tolist() == rows(2, 0, 3).abs().mul(torch.tensor([1, -1])).tolist()
+    assert written.tolist() == [True, False, True]
+    again = SampleTable(6, 2, storage=storage, device="cuda:0", folder=tmp_path)
+    again.load(table.state())
+    assert torch.equal(again.read(torch.arange(6))[0], table.read(torch.arange(6))[0])
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

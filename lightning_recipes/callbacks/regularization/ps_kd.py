@@ -181,9 +181,7 @@ class PSKD(StepRecipe):
         self._saved: Mapping[str, Any] | None = None  # the checkpoint's table, until its place is made
         self._copy: FrozenCopy | None = None
         self._new: tuple[Tensor, Tensor] | None = None  # ids and predictions of the batch at hand
-        self._window: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # what the batches of an open window read, if one runs again
+        self._window: dict[int, tuple[Tensor, Tensor]] = {}  # what the batches of an open window have read
         self._checked = self._told = False
 
     @property
@@ -222,7 +220,7 @@ class PSKD(StepRecipe):
         self._trainer = None
 
     def _count_epochs(self, plan: Plan) -> int:
-        """T, which a resume must not have passed."""
+        """T, of the whole run."""
         epochs = self.max_epochs if self.max_epochs is not None else plan.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise RecipeError(
@@ -230,10 +228,10 @@ class PSKD(StepRecipe):
                 " PSKD(max_epochs=...)"
             )
         trained = plan.trainer._checkpoint_connector._loaded_checkpoint.get("epoch", 0)
-        if plan.section is not None and trained >= epochs:
+        if self.max_epochs is None and trained > epochs:
             raise RecipeError(
-                f"PSKD: max_epochs={epochs} is over already: the checkpoint was written in epoch {trained}, counted"
-                " from 0. Give the epochs of the whole run"
+                f"PSKD: alpha grows over the whole run; Trainer(max_epochs=...) is {epochs} and the checkpoint has"
+                f" trained {trained} epochs already. Give the epochs of the whole run, not those that are left"
             )
         return epochs
 
@@ -395,6 +393,7 @@ class PSKD(StepRecipe):
             "table": table,
             "copy": self._copy.state() if zero and self._copy else {},
             "window": {index: list(rows) for index, rows in self._window.items()},
+            "epochs": self._epochs,
             "left_out": self.mode == "table" and not self.save_table,
         }
 
@@ -404,6 +403,11 @@ class PSKD(StepRecipe):
         if state["left_out"]:
             rank_zero_warn(
                 "PSKD: the checkpoint was written with save_table=False; past predictions begin again with the labels"
+            )
+        if state["epochs"] != self._epochs:
+            rank_zero_warn(
+                f"PSKD: alpha grew over {state['epochs']} epochs in the run of the checkpoint and goes on over"
+                f" {self._epochs}; PSKD(max_epochs=...) keeps it as it was"
             )
         if state["table"] is not None:
             self._saved = state["table"]
