@@ -39,6 +39,7 @@ class SampleTable:
         device: where rows are written from and read to.
         folder: where the file lies.
         copies: tables on this machine, one a process.
+        otherwise: what else the user can do when it is too large, for messages.
 
     Raises:
         RecipeError: when there is not enough memory; says how much it takes.
@@ -53,11 +54,12 @@ class SampleTable:
         device: torch.device | str = "cpu",
         folder: str | Path = ".",
         copies: int = 1,
+        otherwise: str = "",
     ) -> None:
         self.samples, self.columns, self.dtype, self.storage = samples, columns, dtype, storage
         self.device, self._place = torch.device(device), torch.device(device if storage == "device" else "cpu")
         self._apart = self._place != self.device
-        self._check_memory(Path(folder), copies if storage != "device" else 1)
+        self._check_memory(Path(folder), copies if storage != "device" else 1, otherwise)
         shape = samples + 1, columns  # the last row takes what stands for no sample
         if storage == "memmap":
             self._rows = _mapped(shape, dtype, Path(folder))
@@ -80,7 +82,7 @@ class SampleTable:
             f" {self.columns} columns in {str(self.dtype).removeprefix('torch.')}"
         )
 
-    def _check_memory(self, folder: Path, copies: int) -> None:
+    def _check_memory(self, folder: Path, copies: int, otherwise: str) -> None:
         free = free_memory(self.storage, self.device, folder)
         needed = self.bytes_per_sample * self.samples * copies
         if needed > free:
@@ -88,7 +90,7 @@ class SampleTable:
             where = {"cpu": "of main memory are", "device": f"on {self.device} are", "memmap": f"in {folder} are"}
             raise RecipeError(
                 f"the table takes {self.size}{each}, and {free / 1e9:.3g} GB {where[self.storage]} free; store it"
-                " elsewhere (storage='memmap' keeps it in a file), in half precision (dtype='float16'), or not at all"
+                f" elsewhere (storage='memmap' keeps it in a file) or in half precision (dtype='float16'){otherwise}"
             )
 
     # -- reading and writing -----------------------------------------------------------------------------------------

@@ -375,6 +375,7 @@ class PSKD(StepRecipe):
                 device,
                 trainer.default_root_dir,
                 trainer.num_devices,
+                "; mode='snapshot' needs none",
             )
             rank_zero_info(f"PSKD: past predictions take {self._table.size}")
             if self._saved is not None:
