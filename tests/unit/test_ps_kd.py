@@ -334,6 +334,24 @@ def test_a_loss_of_log_probabilities_is_refined_too() -> None:
     assert all(torch.allclose(value, weights(other)[name], atol=1e-6) for name, value in weights(one).items())
 
 
+@pytest.mark.parametrize("mode", ["table", "snapshot"])
+def test_a_criterion_of_the_modules_own_that_takes_probabilities(mode: Any) -> None:
+    class Own(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self(batch[0])
+            with torch.no_grad():
+                self.own(logits * 2, hot(batch[1]))  # only looked at
+            return self.own(logits, hot(batch[1]))
+
+        def own(self, logits: Tensor, targets: Tensor) -> Tensor:
+            return -(targets * logits.log_softmax(1)).sum(1).mean()
+
+    own, plain = Own(), Classifier()
+    fit(own, PSKD(mode=mode, criterion="own"))
+    fit(plain, PSKD(mode=mode))
+    assert all(torch.allclose(value, weights(plain)[name], atol=1e-6) for name, value in weights(own).items())
+
+
 class Dense(Classifier):
     """One label a place, three places a sample."""
 
