@@ -87,7 +87,7 @@ def misuses() -> list[Misuse]:
         ),
         bad(
             "a table larger than memory",
-            r"the table takes .*6\.4e\+05 GB .* of memory are free; .*storage='memmap'.*mode='snapshot' needs none",
+            r"the table takes .*6\.4e\+05 GB .* of main memory .*storage='memmap'.*mode='snapshot' needs none",
             lambda: [PSKD(num_classes=10**13)],
         ),
         bad(
