@@ -19,6 +19,7 @@ from lightning_recipes.callbacks import (
     GLAD,
     LEVI,
     PEGO,
+    PSKD,
     SLCA,
     AdaptFormer,
     CosineHead,
@@ -65,6 +66,7 @@ class Case:
         num_workers: of the dataloader.
         saves: measure what the recipe adds to a checkpoint too.
         optimizer: makes that of all variants from the parameters.
+        epochs: of a run; steps are timed in the last one.
     """
 
     network: str
@@ -74,6 +76,7 @@ class Case:
     num_workers: int = 0
     saves: bool = False
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW
+    epochs: int = 1
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -197,6 +200,18 @@ CASES: dict[str, Case] = {
         lambda: [ProjectionHead("fixed", kappa=1.0)],
         lambda net, batches, amp: loops.projection_head(net, batches, amp),
     ),
+    # Timed in the second epoch, when there are past predictions.
+    **{
+        f"PSKD, {mode}": Case(
+            "resnet",
+            lambda mode=mode: [PSKD(mode=mode)],
+            lambda mode=mode: [PSKD(0.0, mode=mode)],
+            lambda net, batches, amp, mode=mode: loops.self_distillation(net, batches, amp, table=mode == "table"),
+            saves=mode == "table",
+            epochs=2,
+        )
+        for mode in ("table", "snapshot")
+    },
     # A step of the slow learner; what comes between two tasks is measured by `python -m benchmarks.alignment`.
     "SLCA": Case(
         "resnet",

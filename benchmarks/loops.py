@@ -7,6 +7,7 @@ the context of a forward pass, ``torch.autocast`` for mixed precision. Nothing i
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -486,6 +487,44 @@ def normalized(net: nn.Module, batches: Batches, amp: Amp = nullcontext, lr: flo
         margin = z.gather(1, y) - z.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)
         torch._foreach_mul_([p.grad for p in parameters], (1 / torch.sigmoid(-margin.double()).mean()).float())
         optimizer.step()
+
+
+# -- past predictions ------------------------------------------------------------------------------------------------
+
+
+def self_distillation(
+    net: nn.Module,
+    batches: Batches,
+    amp: Amp = nullcontext,
+    alpha: float = 0.8,
+    epochs: int = 2,
+    table: bool = True,
+) -> None:
+    """Labels mixed with what the network predicted one epoch ago, or (no `table`) with what its weights of that epoch's
+    end predict now. Samples come in one order, epoch after epoch; past predictions lie in main memory."""
+    optimizer, past = AdamW(trained(net)), []
+    for epoch in range(epochs):
+        teacher = copy.deepcopy(net).eval() if epoch and not table else None
+        net.train()
+        share, rows = alpha * (epoch + 1) / epochs, []
+        for place, (x, y) in enumerate(batches):
+            with amp():
+                out = net(x)
+            before = None
+            if epoch and table:
+                before = past[place].to(x.device, non_blocking=True)
+            elif epoch:
+                with torch.no_grad(), amp():
+                    before = teacher(x).float().softmax(1)
+            target = y if before is None else (1 - share) * F.one_hot(y, out.shape[1]) + share * before
+            with amp():
+                loss = F.cross_entropy(out, target, reduction="none").mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if table:
+                rows.append(out.detach().float().softmax(1).cpu())
+        past = rows
 
 
 # -- long tails ------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +109,7 @@ class SaveTurns(Checkpoint):
         self.turns, self.times, self.size = turns, times, 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, out: Any, batch: Any, i: int) -> None:
-        if i != 1:
+        if i != 1 or trainer.current_epoch > 0:
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "last.ckpt"
@@ -129,11 +130,13 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    case, turns = CASES[name], Turns(pipe, settings.free)
+    case = CASES[name]
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, size = build(case.network, device.type), IMAGE_SIZE[device.type]
     steps = settings.free + settings.steps + 1 if task == "steps" else 3
+    earlier = (case.epochs - 1) * steps if task == "steps" else 0  # steps of the epochs before the timed one
+    turns = Turns(pipe, earlier + settings.free)
     images = torch.rand(steps * settings.batch, 3, size, size)
     data = TensorDataset(images, torch.randint(10, (len(images),)))
     start = "fork" if case.num_workers else None  # not this process's own way, which would import everything again
@@ -143,13 +146,17 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
     def train() -> None:
         if variant in BY_HAND:
             amp = partial(torch.autocast, device.type, torch.bfloat16) if settings.bf16 else nullcontext
-            method = partial(loops.plain, optimizer=case.optimizer) if variant == "plain loop" else case.loop
-            method(net.to(device), before_each(loader, device, turns if task == "steps" else None), amp)
+            batches = BeforeEach(loader, device, turns if task == "steps" else None)
+            if variant == "plain loop":
+                every = chain.from_iterable(repeat(batches, case.epochs))
+                loops.plain(net.to(device), every, amp, optimizer=case.optimizer)
+            else:
+                case.loop(net.to(device), batches, amp)
             return
         callbacks = {"plain": list, "neutral": case.neutral, "recipe": case.recipes}[variant]()
         clocks = {"steps": [StepTurns(turns)], "saves": [saves], "memory": []}[task]
         trainer = pl.Trainer(
-            max_epochs=1,
+            max_epochs=case.epochs,
             callbacks=[*callbacks, *clocks],
             accelerator=device.type,
             devices=1,
@@ -168,12 +175,17 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
         pipe.send(saves.size)
 
 
-def before_each(batches: DataLoader, device: torch.device, turns: Callable[[], None] | None) -> loops.Batches:
-    """The batches on the device, one a turn."""
-    for batch in batches:
-        if turns is not None:
-            turns()
-        yield tuple(part.to(device, non_blocking=True) for part in batch)
+class BeforeEach:
+    """The batches on the device, one a turn; in every epoch anew."""
+
+    def __init__(self, batches: DataLoader, device: torch.device, turns: Callable[[], None] | None) -> None:
+        self.batches, self.device, self.turns = batches, device, turns
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for batch in self.batches:
+            if self.turns is not None:
+                self.turns()
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
 
 
 def peak_bytes(net: nn.Module, job: Callable[[], None]) -> int:

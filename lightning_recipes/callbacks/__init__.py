@@ -15,6 +15,7 @@ from lightning_recipes.callbacks.finetuning.progressive_unfreezing import Progre
 from lightning_recipes.callbacks.finetuning.projection_head import ProjectionHead
 from lightning_recipes.callbacks.regularization.gradient_noise import GradientNoise
 from lightning_recipes.callbacks.regularization.normalized_gd import NormalizedGD
+from lightning_recipes.callbacks.regularization.ps_kd import PSKD
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer
@@ -30,6 +31,7 @@ __all__ = [
     "GLAD",
     "LEVI",
     "PEGO",
+    "PSKD",
     "SLCA",
     "AdaptFormer",
     "BackdoorAdjustment",

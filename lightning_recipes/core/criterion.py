@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,8 @@ class Call:
     targets: Tensor
     """As the module gave them, hard or soft."""
     options: dict[str, Any] = field(default_factory=dict)
+    place: int = 0
+    """Among all loss calls of the step, those that train nothing counted too."""
 
     @property
     def is_function(self) -> bool:
@@ -94,16 +96,25 @@ class Call:
             return self.function(logits, targets, **self.options)
         if not self.is_function:
             if softened:
-                raise RecipeError(
-                    f"criterion={self.name!r} takes class indices and a recipe made the targets soft; use a criterion"
-                    " that takes probabilities (nn.CrossEntropyLoss does)"
-                )
+                self.check_takes_soft()
             return (self.per_sample(logits, targets) * weights).mean()
         losses, reduction = self._unreduced(logits, targets), self.options.get("reduction", "mean")
         weighted = losses if weights is None else losses * weights.reshape(-1, *[1] * (losses.dim() - 1))
         if reduction == "none":
             return weighted
         return weighted.sum() if reduction == "sum" else weighted.sum() / self._count(losses)
+
+    def check_takes_soft(self) -> None:
+        """Refuse a named criterion of class indices, for a recipe that will make the targets soft.
+
+        Raises:
+            RecipeError: names it.
+        """
+        if not self.is_function and self.classifies:
+            raise RecipeError(
+                f"criterion={self.name!r} takes class indices and a recipe made the targets soft; use a criterion"
+                " that takes probabilities (nn.CrossEntropyLoss does)"
+            )
 
     def _unreduced(self, logits: Tensor, targets: Tensor) -> Tensor:
         options = {**self.options, "reduction": "none"}
@@ -147,6 +158,7 @@ class Observation:
     def __init__(self, stages: Stages, select: str | int | None) -> None:
         self.stages, self.select = stages, select
         self.seen: list[Call] = []
+        self._calls = 0
         self._inside = False
         self._idle = False
 
@@ -161,6 +173,7 @@ class Observation:
         if self._inside:
             return plain()
         call = make()
+        call.place, self._calls = self._calls, self._calls + 1
         if not (torch.is_grad_enabled() and call.logits.requires_grad):
             self._idle = True
             return plain()  # a loss computed for a log entry trains nothing
@@ -200,6 +213,27 @@ class Observation:
             )
 
 
+class Glance:
+    """Watches a run of the module's step that trains nothing, and takes the logits of one of its loss calls.
+
+    Args:
+        place: of that call (:attr:`Call.place`).
+        select: the dotted name of the criterion, where one is named.
+    """
+
+    def __init__(self, place: int, select: str | int | None) -> None:
+        self.place, self.select = place, select
+        self.logits: Tensor | None = None
+        self._calls = 0
+
+    def run(self, make: Callable[[], Call], plain: Callable[[], Any]) -> Any:
+        """Called in the place of a loss."""
+        if self._calls == self.place:
+            self.logits = make().logits
+        self._calls += 1
+        return plain()
+
+
 def _observer(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
@@ -224,8 +258,11 @@ _ORIGINALS = {name: getattr(F, name) for name in OBSERVED}
 _OBSERVERS = {name: _observer(name, original) for name, original in _ORIGINALS.items()}
 
 
+Watch = TypeVar("Watch", Observation, Glance)
+
+
 @contextmanager
-def watching(observation: Observation) -> Iterator[Observation]:
+def watching(observation: Watch) -> Iterator[Watch]:
     """Watch this thread's loss calls. Nests: an inner watch (a replay) hides the outer one until it ends."""
     before, outermost = getattr(_HERE, "watch", None), F.cross_entropy is not _OBSERVERS["cross_entropy"]
     _HERE.watch = observation

@@ -13,7 +13,7 @@ the user's own) is read again from the beginning of the epoch, with the random s
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any
@@ -29,6 +29,27 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from lightning_recipes.core import random
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.patch import Patch
+
+
+def when_made(loop: Any, take_hold: Callable[[CombinedLoader], None], undo: ExitStack, *, place: bool = True) -> None:
+    """Have every training loader shown once Lightning has made it and before anything iterates over it.
+
+    Args:
+        loop: the Trainer's fit loop.
+        take_hold: called with the loader, also with one that is reloaded later; in the order of installation.
+        undo: gets the removal.
+        place: False keeps Lightning from taking a loader to the place that it stored itself.
+    """
+
+    def made() -> None:
+        if not place:
+            loop._combined_loader_states_to_load = []
+        patch.original()
+        take_hold(loop._combined_loader)
+
+    # the one call between making a loader and iterating over it, whenever that happens
+    patch = Patch(loop, "_load_combined_loader_states", made)
+    undo.callback(patch.restore)
 
 
 class TrainingData:
@@ -49,12 +70,10 @@ class TrainingData:
 
     def install(self, undo: ExitStack) -> None:
         """Take hold of every training loader that Lightning makes; leave the removal with `undo`."""
-        # the one call between making a loader and iterating over it, whenever that happens
-        patch = Patch(self._loop, "_load_combined_loader_states", lambda: self._take_hold(undo))
-        undo.callback(patch.restore)
+        when_made(self._loop, lambda loader: self._take_hold(loader, undo), undo, place=False)
 
-    def _take_hold(self, undo: ExitStack) -> None:
-        loader = self._loader = self._loop._combined_loader
+    def _take_hold(self, loader: CombinedLoader, undo: ExitStack) -> None:
+        self._loader = loader
         first = loader.flattened[0] if len(loader.flattened) == 1 else None
         if type(first) in (DataLoader, StatefulDataLoader, _Resumable) and _map_style_in_order(first):
             self._way = "skip"
@@ -349,8 +368,9 @@ def _plain_index(index: Any) -> Any:
     return int(index) if hasattr(index, "__index__") else index
 
 
-class _InWorker:
-    """A data set as workers see it: itself, and a state that is the worker's random state."""
+class StandIn:
+    """Stands for a data set where a loader fetches samples, and is that data set in everything but what a subclass
+    changes."""
 
     def __init__(self, dataset: Any) -> None:
         self.__dict__["_own"] = dataset
@@ -368,7 +388,11 @@ class _InWorker:
         setattr(self._own, name, value)
 
     def __reduce__(self) -> Any:
-        return _InWorker, (self._own,)
+        return type(self), (self._own,)
+
+
+class _InWorker(StandIn):
+    """A data set as workers see it: itself, and a state that is the worker's random state."""
 
     def _held(self) -> list[random.Generator]:
         if "_found" not in self.__dict__:  # once a worker: a data set may be large

@@ -38,11 +38,13 @@ class Mix:
         share: l or l', what remains of a sample and its label.
         box: (x1, y1, x2, y2) in pixels, the right and lower edge outside; None for Mixup.
         partners: ``[n]`` int64, which sample each is mixed with.
+        across_ranks: whether the partners are among the samples of all ranks.
     """
 
     share: float
     box: tuple[int, int, int, int] | None
     partners: Tensor
+    across_ranks: bool = False
 
     def inputs(self, x: Tensor, other: Tensor) -> Tensor:
         """x' from the inputs ``[n, ...]`` and those of their partners."""
@@ -57,8 +59,21 @@ class Mix:
         """y' from probabilities ``[n, classes]`` and those of their partners."""
         return self.share * y + (1 - self.share) * other
 
+    def of_partners(self, values: Tensor) -> Tensor:
+        """The rows of `values` that belong to each sample's partner; across ranks a collective call."""
+        rank, world = rank_and_world() if self.across_ranks else (0, 1)
+        places = self.partners[rank::world]  # sample j of rank r of W stands at place j W + r of the global batch
+        rows = (places % world) * len(values) + places // world
+        everybodys = gather(values) if self.across_ranks else values
+        return everybodys[rows.to(values.device, non_blocking=True)]
 
-def draw(transform: Any, image: Tensor, count: int, generator: torch.Generator) -> Mix:
+
+def mixes_of(step: Step) -> list[Mix]:
+    """How this run of a step mixed its batch, in the order in which it did; empty where it did not."""
+    return [note for note in step.notes.values() if isinstance(note, Mix)]
+
+
+def draw(transform: Any, image: Tensor, count: int, generator: torch.Generator, across_ranks: bool = False) -> Mix:
     """Draw a mix.
 
     Args:
@@ -66,11 +81,12 @@ def draw(transform: Any, image: Tensor, count: int, generator: torch.Generator) 
         image: a batch of inputs; its last two dimensions are those of the box.
         count: samples to permute.
         generator: a CPU generator; the global random state ends as it began.
+        across_ranks: whether the samples are those of all ranks.
     """
     with _drawing_from(generator):
         decided = transform.make_params([image])
     share = decided["lam_adjusted"] if "box" in decided else decided["lam"]
-    return Mix(share, decided.get("box"), torch.randperm(count, generator=generator))
+    return Mix(share, decided.get("box"), torch.randperm(count, generator=generator), across_ranks)
 
 
 @contextmanager
@@ -86,14 +102,16 @@ def _drawing_from(generator: torch.Generator) -> Iterator[None]:
 
 
 def as_probabilities(targets: Tensor, logits: Tensor) -> Tensor:
-    """Class indices ``[n]`` as probabilities ``[n, classes]`` (an ignored index has none); others as they are.
+    """Class indices ``[n, ...]`` as probabilities ``[n, classes, ...]`` (an ignored index has none); others as they
+    are.
 
     Under autocast in fp32, where the loss is computed in it; else in the dtype of the logits.
     """
     dtype = torch.float32 if torch.is_autocast_enabled(logits.device.type) else logits.dtype
     if targets.is_floating_point():
         return targets
-    return (targets[:, None] == torch.arange(logits.shape[1], device=targets.device)).to(dtype)
+    classes = torch.arange(logits.shape[1], device=targets.device).view(-1, *[1] * (targets.dim() - 1))
+    return (targets[:, None] == classes).to(dtype)
 
 
 def smooth(probabilities: Tensor, smoothing: float) -> Tensor:
@@ -131,7 +149,7 @@ class Mixing:
             self._check_inputs(recipe, x)
             self._checked = True
         mix = self._of(recipe, step)
-        return batch if mix is None else with_input(batch, mix.inputs(x, self._of_partners(mix, x)))
+        return batch if mix is None else with_input(batch, mix.inputs(x, mix.of_partners(x)))
 
     def targets(self, recipe: StepRecipe, step: Step, logits: Tensor, targets: Tensor) -> Tensor:
         """The targets mixed as the inputs of this batch are; as they are where it is not mixed.
@@ -150,7 +168,7 @@ class Mixing:
         if mix is None:
             return targets
         check_targets(recipe, step.call, logits, targets, binary=True)
-        return mix.targets(*(as_probabilities(y, logits) for y in (targets, self._of_partners(mix, targets))))
+        return mix.targets(*(as_probabilities(y, logits) for y in (targets, mix.of_partners(targets))))
 
     def _of(self, recipe: StepRecipe, step: Step) -> Mix | None:
         """The decision for this batch; drawn again, the same, in a replay, whose batch is a mixed one already."""
@@ -163,15 +181,7 @@ class Mixing:
         if float(torch.rand((), generator=generator)) >= self.prob:
             return None
         world = rank_and_world()[1] if self.across_ranks else 1
-        return draw(self._transform, x, len(x) * world, generator)
-
-    def _of_partners(self, mix: Mix, values: Tensor) -> Tensor:
-        """The rows of `values` that belong to each sample's partner."""
-        rank, world = rank_and_world() if self.across_ranks else (0, 1)
-        places = mix.partners[rank::world]  # sample j of rank r of W stands at place j W + r of the global batch
-        rows = (places % world) * len(values) + places // world
-        everybodys = gather(values) if self.across_ranks else values
-        return everybodys[rows.to(values.device, non_blocking=True)]
+        return draw(self._transform, x, len(x) * world, generator, self.across_ranks)
 
     def _check_inputs(self, recipe: StepRecipe, x: Tensor) -> None:
         name = type(recipe).__name__

@@ -144,6 +144,8 @@ class StepRecipe(Recipe):
     """Whether the recipe reads ``step.logits``, ``step.targets`` or ``step.loss``; implied by the stages that do."""
     of_weights_alone: ClassVar[bool] = False
     """Whether :meth:`extra_loss` does not depend on the batch: then it counts once an optimizer step."""
+    looks: ClassVar[bool] = False
+    """Whether the recipe calls ``step.look``, for which the step remembers the random state that it began with."""
     criterion: str | int | None = None
     """Which loss call to observe: None (the only one), an index in call order, or a dotted name in the module."""
 

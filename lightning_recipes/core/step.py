@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_recipes.core import random
-from lightning_recipes.core.criterion import Call, Observation, watching, wrap_named
+from lightning_recipes.core.criterion import Call, Glance, Observation, watching, wrap_named
 from lightning_recipes.core.distributed import rank_and_world
 from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.patch import Patch
-from lightning_recipes.core.silence import silent
+from lightning_recipes.core.silence import modes_kept, silent
 
 if TYPE_CHECKING:
     from lightning_recipes.core.recipe import StepRecipe
@@ -75,6 +75,7 @@ class Step:
         logits, targets: as the loss saw them. ``hard_targets``: as the module gave them.
         loss: the observed loss. ``own_loss``: what the module returned, observed or not.
         replaying: True inside :meth:`replay`; a recipe must not change its own state then.
+        run_again: True when the batch of an accumulation window is run once more; nor may it then.
         notes: what a recipe keeps from one stage to the next, keyed by the recipe.
     """
 
@@ -93,6 +94,7 @@ class Step:
         replayed = _REPLAYED.get()
         now = trainer.fit_loop.batch_idx if replayed is None else replayed[0]
         self.batch_idx: int = rest[0] if rest else now
+        self.run_again = replayed is not None
         self._closes = None if replayed is None else replayed[1]
         self.own_loss: Tensor | None = None
         self.outputs: Tensor | None = None
@@ -105,6 +107,8 @@ class Step:
         self._weights: Tensor | None = None
         self._run, self._rest, self._recipes, self._select = run, tuple(rest), recipes, select
         self._calls: dict[str, int] = {}
+        looks = any(recipe.looks for recipe in recipes)
+        self._began = random.states([module.device]) if looks else None
 
     # -- for recipes -----------------------------------------------------------------------------------------------
 
@@ -147,13 +151,42 @@ class Step:
         watch.check(needed=True)
         return Replay(inner.outputs, inner.targets, inner.loss, inner.call, inner.logits)
 
-    def loss_of(self, logits: Tensor) -> Any:
-        """The observed loss of other logits of this batch, through the recipes' logit transforms and with the targets
-        and weights that the loss had."""
+    def look(self, weights: AbstractContextManager[Any]) -> Tensor:
+        """The logits that the observed loss would see of this batch, under other weights: one more run of the module's
+        own step, silently, in eval mode and without gradients. Its random draws are those of the step itself.
+
+        To be called where the loss is computed (``transform_targets``), by a recipe whose ``looks`` is true.
+
+        Args:
+            weights: a context in which the module holds them (``core.copies.FrozenCopy.worn``).
+
+        Raises:
+            RecipeError: when the run does not come to that loss.
+        """
+        with (
+            torch.no_grad(),
+            weights,
+            silent(self.module),
+            modes_kept(self.module, training=False),
+            watching(Glance(self.call.place, self._select)) as glance,
+        ):
+            random.set_states(self._began)
+            self._run(self.batch, *self._rest)
+            logits = glance.logits
+            if logits is None:
+                raise RecipeError("the training step computes another loss in eval mode than in train mode")
+            return self._seen_by_loss(logits)
+
+    def _seen_by_loss(self, logits: Tensor) -> Tensor:
         for recipe in self._recipes:
             if recipe.overrides("transform_logits"):
                 logits = recipe.transform_logits(self, logits)
-        return self.call.value(logits, self.targets, self._weights)
+        return logits
+
+    def loss_of(self, logits: Tensor) -> Any:
+        """The observed loss of other logits of this batch, through the recipes' logit transforms and with the targets
+        and weights that the loss had."""
+        return self.call.value(self._seen_by_loss(logits), self.targets, self._weights)
 
     def share_of_loss(self) -> Tensor:
         """d ``own_loss`` / d ``loss``, of the shape of ``loss``: its factor in what the module returned.

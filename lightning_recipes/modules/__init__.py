@@ -13,13 +13,14 @@ from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
-from lightning_recipes.modules.metrics import BaseToNovelAccuracy, harmonic_mean
+from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
 from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 from lightning_recipes.modules.small_cnn import SmallCNN
 
 __all__ = [
+    "AURC",
     "MLP",
     "AugmentBatch",
     "BaseToNovelAccuracy",
@@ -42,5 +43,6 @@ __all__ = [
     "SymmetricReLU",
     "TextClassifier",
     "UnifiedClassifier",
+    "aurc",
     "harmonic_mean",
 ]

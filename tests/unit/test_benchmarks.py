@@ -104,7 +104,8 @@ def test_the_loop_by_hand_ends_with_the_weights_of_the_recipe(name, same_noise, 
     case, start = CASES[name], net(CASES[name].network)
     module, recipes, adapters = ImageClassifier(copy.deepcopy(start), optimizer=case.optimizer), case.recipes(), []
     same_noise()
-    quiet(callbacks=[*recipes, first_adapters(recipes, adapters)]).fit(module, data())
+    watch = first_adapters(recipes, adapters)
+    quiet(callbacks=[*recipes, watch], max_epochs=case.epochs).fit(module, data())
 
     with_lora = loops.with_lora
 
@@ -155,6 +156,8 @@ def test_what_the_loops_add_to_plain_training_acts_on_the_data_of_these_tests(sa
         (loops.mixing, resnet, {"prob": 0.0}),
         (loops.wise_ft, resnet, {"alpha": 1.0}),
         (loops.noisy, resnet, {"eta": 0.0}),
+        (loops.self_distillation, resnet, {"alpha": 0.0}),
+        (partial(loops.self_distillation, table=False), resnet, {"alpha": 0.0}),
     ):
         assert (train(loop, network) - train(loop, network, **off)).abs().max() > 1e-4, off
 

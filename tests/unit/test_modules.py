@@ -21,12 +21,14 @@ from lightning_recipes.datamodules import (
     TextDataModule,
 )
 from lightning_recipes.modules import (
+    AURC,
     BaseToNovelAccuracy,
     CausalLM,
     CifarResNet,
     ImageClassifier,
     SmallCNN,
     TextClassifier,
+    aurc,
     harmonic_mean,
 )
 from lightning_recipes.modules.weights import load_weights
@@ -110,6 +112,35 @@ def test_resnet20_has_its_published_accuracy():
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
+
+
+def test_aurc_of_four_samples_by_hand():
+    """Most confident first: right, wrong, right, wrong. Error rates among the first 1, 2, 3, 4: 0, 1/2, 1/3, 1/2."""
+    confidence, correct = torch.tensor([0.7, 0.9, 0.6, 0.8]), torch.tensor([True, True, False, False])
+    assert aurc(confidence, correct).item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert aurc(confidence, torch.ones(4, dtype=torch.bool)).item() == 0
+    assert aurc(confidence, torch.zeros(4, dtype=torch.bool)).item() == 1
+
+
+def test_aurc_shares_errors_among_equally_confident_samples():
+    """0.9 right; three of 0.5 of which one is wrong, 1/3 each: 0, (1/3)/2, (2/3)/3, 1/4."""
+    confidence = torch.tensor([0.5, 0.9, 0.5, 0.5])
+    expected = (0 + 1 / 6 + 2 / 9 + 1 / 4) / 4
+    for wrong in (0, 2, 3):
+        correct = torch.ones(4, dtype=torch.bool)
+        correct[wrong] = False
+        assert aurc(confidence, correct).item() == pytest.approx(expected)
+
+
+def test_aurc_as_a_metric_over_batches():
+    logits = torch.tensor([[3.0, 0.0], [2.0, -0.5], [-0.7, 1.0], [0.5, -0.5]])
+    labels = torch.tensor([0, 1, 1, 1])  # right, wrong, right, wrong, from the most confident on
+    metric = AURC(2)
+    metric.update(logits[2:], labels[2:])
+    metric.update(logits[:2].softmax(1), labels[:2])
+    assert metric.compute().item() == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    with pytest.raises(ValueError, match=r"preds: shape \(4, 2\), must be \(N, 3\)"):
+        AURC(3).update(logits, labels)
 
 
 def test_harmonic_mean():

@@ -1,1 +1,1 @@
-"""Recipes that regularise training by what its gradients, targets and features are made of."""
+"""Recipes that regularise training: noise, targets, a guide, and how often data are seen."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import LBFGS, Adam, RMSprop
 
-from lightning_recipes.callbacks import Mixup, NormalizedGD
+from lightning_recipes.callbacks import PSKD, Mixup, NormalizedGD
 from lightning_recipes.core.recipe import Recipe, StepRecipe
 from tests.conformance.misuse import (
     SAM,
@@ -49,10 +49,6 @@ REFUSED = {
 }
 AUTOMATIC = ["NormalizedGD"]
 OTHER = {"NormalizedGD": {"max_beta": 100.0}}
-
-
-class PSKD(Recipe):
-    """Stands for a recipe that softens labels."""
 
 
 class LangevinMixture(Recipe):
