@@ -169,7 +169,7 @@ def misuses() -> list[Misuse]:
         in_step("a module with everything frozen", "what needs no gradient: is everything frozen", module=frozen()),
         ngd(
             "a recipe that softens labels",
-            "NormalizedGD and PSKD cannot share a Trainer: its step length assumes hard labels",
+            "PSKD and NormalizedGD cannot share a Trainer: its step length assumes hard labels",
             lambda: [PSKD(), NormalizedGD()],
         ),
         ngd(
