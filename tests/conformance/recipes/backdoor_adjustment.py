@@ -187,7 +187,7 @@ def of_logit_adjustment() -> list[Misuse]:
         ),
         adjusts(
             "data that come in phases",
-            "the training data may change from phase to phase, and class_counts='auto' would count .*; give",
+            "the training data may change from phase to phase, and the classes that are counted .*; give",
             lambda: [LogitAdjustment(), InPhases()],
             trainer={"max_epochs": 2},
         ),
