@@ -1,6 +1,9 @@
 """The recipes, by name: ``from lightning_recipes.callbacks import AAER``. The folders are for the reader."""
 
+from lightning_recipes.callbacks.adapters.class_weights import ClassWeights
+from lightning_recipes.callbacks.adapters.drop_block import DropBlock
 from lightning_recipes.callbacks.adapters.glad import GLAD
+from lightning_recipes.callbacks.adapters.insert_attention import InsertAttention
 from lightning_recipes.callbacks.adapters.pego import PEGO
 from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
@@ -31,11 +34,14 @@ __all__ = [
     "SLCA",
     "AdaptFormer",
     "BackdoorAdjustment",
+    "ClassWeights",
     "CosineHead",
     "CutMix",
+    "DropBlock",
     "ExactResume",
     "ForgettingMonitor",
     "FreezeOut",
+    "InsertAttention",
     "LogitAdjustment",
     "LongTailMonitor",
     "Mixup",

@@ -64,6 +64,17 @@ def _sigmoid(z: Tensor, like: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32)).sigmoid().to(like.dtype)
 
 
+def initialise_(module: nn.Module) -> None:
+    """First weights as in the code: convolutions Kaiming-normal (fan out), linear layers from N(0, 0.01), no bias."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, 0, 0.01)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
 class CoordinateAttention(nn.Module):
     """x times a gate for every row and one for every column of every channel.
 
@@ -194,6 +205,7 @@ class InsertedAttention(nn.Module):
         else:
             self.attention = SqueezeExcitation(channels, se_reduction)
         self.g = Parameter(torch.zeros(())) if identity_init else None
+        initialise_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.g is None:

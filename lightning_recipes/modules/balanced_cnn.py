@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassCohenKappa, MulticlassStatScores
 
 from lightning_recipes.core.recipe import Paper
-from lightning_recipes.modules.balanced_attention import BalancedAttention
+from lightning_recipes.modules.balanced_attention import BalancedAttention, initialise_
 from lightning_recipes.modules.classifier import NOT_SAVED, Classifier
 from lightning_recipes.modules.drop_block import DropBlock2d, rates
 
@@ -89,13 +89,7 @@ class BalancedNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(widths[-1], num_classes)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(part, nn.Linear):
-                nn.init.normal_(part.weight, 0, 0.01)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
+        initialise_(self)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.dropout(self.stages(self.stem(images)).mean((2, 3))))

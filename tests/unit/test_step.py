@@ -401,7 +401,7 @@ def test_a_replay_sees_the_logit_and_target_transforms_of_all_recipes():
     assert torch.equal(attack.replay.targets, soft)
 
 
-# -- within the network -------------------------------------------------------------------------------------------------
+# -- within the network -----------------------------------------------------------------------------------------------
 
 
 def test_hooks_within_the_network_find_the_step_that_they_are_in():
