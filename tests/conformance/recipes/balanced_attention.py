@@ -292,7 +292,8 @@ def of_class_weights() -> list[Misuse]:
 def cannot_attach(row: Row) -> list[Misuse]:
     if row.name.startswith("class_weights"):
         return [sees_no_loss(row)]
-    name = type(row.recipes()[0]).__name__
+    names = [type(recipe).__name__ for recipe in row.recipes()]
+    name = "DropBlock" if "DropBlock" in names else names[0]  # it declares its places before any surgery
     bare = lambda: table.Classifier(NoLayers(), row.optimizer)  # noqa: E731
     says = r"found no feature maps in Classifier: no residual blocks .*; its parts are \['network'\]: name some with"
     return [
