@@ -21,7 +21,7 @@ the parts that they stand behind; the stock keys stay what they were.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -64,6 +64,17 @@ class Attend:
         return block(x)
 
 
+@dataclass
+class Attention(Operation):
+    """Blocks in their places.
+
+    Attributes:
+        blocks: by the path that each part had; another surgery may have moved it since.
+    """
+
+    blocks: dict[str, InsertedAttention] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class AttentionBlocks:
     """The surgery; arguments as those of :class:`InsertAttention`."""
@@ -83,19 +94,19 @@ class AttentionBlocks:
     def present(self, module: pl.LightningModule) -> bool:
         return bool(inserted(module))
 
-    def operate(self, module: pl.LightningModule) -> Operation:
+    def operate(self, module: pl.LightningModule) -> Attention:
         kept = inserted(module)
         paths = self._same_as(module, kept) if kept else self._places(module)
-        operation = Operation(module, replace(self, after=paths))
+        operation = Attention(module, replace(self, after=paths))
         with random.forked(module.device, self.seed):
             for path in paths:
                 part = module.get_submodule(path)
                 if path not in kept:
                     self._put_behind(module, path, part)
                 operation.undo.callback(_take_out, part)
-        for path in paths:
-            for name, parameter in getattr(module.get_submodule(path), CHILD).named_parameters():
-                operation.made[f"{path}.{CHILD}.{name}"] = parameter
+                operation.blocks[path] = getattr(part, CHILD)
+        for path, block in operation.blocks.items():
+            operation.made.update({f"{path}.{CHILD}.{name}": p for name, p in block.named_parameters()})
         if not self.decay_alpha:
             operation.weight_decay = {name: 0.0 for name in operation.made if name.endswith(".theta")}
         return operation
@@ -248,6 +259,8 @@ class InsertAttention(Recipe):
     log_prefix = "attention"
     merge_on_end: ClassVar[bool] = False
 
+    operation: Attention | None = None
+
     def __init__(
         self,
         after: Literal["auto"] | Sequence[str] = "auto",
@@ -282,20 +295,16 @@ class InsertAttention(Recipe):
             )
         )
 
-    def _blocks(self) -> dict[str, InsertedAttention]:
-        module, paths = self.operation.module, self.operation.spec.after
-        return {path: getattr(module.get_submodule(path), CHILD) for path in paths}
-
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        thetas = [block.attention.theta for block in self._blocks().values() if self.kind == "balanced"]
+        thetas = [block.attention.theta for block in self.operation.blocks.values() if self.kind == "balanced"]
         gradients = [theta.grad for theta in thetas if theta.grad is not None]
         if gradients:
             self.log("attention/theta_grad", torch.stack(gradients).abs().mean())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        blocks = self._blocks()
+        blocks = self.operation.blocks
         if self.kind == "balanced":
             alphas = {path: block.attention.alpha for path, block in blocks.items()}
             self.log_dict({f"attention/alpha/{path}": alpha for path, alpha in alphas.items()})
