@@ -22,11 +22,14 @@ from lightning_recipes.callbacks import (
     PSKD,
     SLCA,
     AdaptFormer,
+    ClassWeights,
     CosineHead,
     CutMix,
+    DropBlock,
     ExactResume,
     FreezeOut,
     GradientNoise,
+    InsertAttention,
     LogitAdjustment,
     Mixup,
     NormalizedGD,
@@ -36,6 +39,7 @@ from lightning_recipes.callbacks import (
     SVFit,
     WiSEFT,
 )
+from lightning_recipes.callbacks.adapters.class_weights import BALANCED_EUROSAT
 from lightning_recipes.callbacks.continual.slca import begin_rows_
 from lightning_recipes.core.random import generator
 
@@ -183,6 +187,23 @@ CASES: dict[str, Case] = {
         lambda: [LogitAdjustment(LONG_TAIL)],
         lambda: [LogitAdjustment(LONG_TAIL, tau=0.0)],
         lambda net, batches, amp: loops.logit_adjusted(net, batches, amp, LONG_TAIL),
+    ),
+    "ClassWeights": Case(
+        "resnet",
+        lambda: [ClassWeights("balanced_eurosat")],
+        lambda: [ClassWeights([1.0] * 10)],
+        lambda net, batches, amp: loops.class_weighted(net, batches, amp, BALANCED_EUROSAT),
+    ),
+    "InsertAttention": Case(
+        "resnet",
+        lambda: [InsertAttention()],
+        loop=lambda net, batches, amp: loops.with_attention(net, batches, amp),
+    ),
+    "DropBlock": Case(
+        "resnet",
+        lambda: [DropBlock()],
+        lambda: [DropBlock(0.0)],
+        lambda net, batches, amp: loops.drop_block(net, batches, amp),
     ),
     "AdaptFormer": Case(
         "vit",

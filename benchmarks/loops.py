@@ -613,6 +613,122 @@ def projection_head(net: nn.Module, batches: Batches, amp: Amp = nullcontext) ->
     net.fc = classifier
 
 
+# -- convolutional networks ------------------------------------------------------------------------------------------
+
+
+class Spatial(nn.Module):
+    """a_h and a_w of coordinate attention, [n, C, H, 1] and [n, C, 1, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        width = max(channels // 8, 1)
+        self.conv, self.norm = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv_h, self.conv_w = (nn.Conv2d(width, channels, 1, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        profiles = torch.cat([x.mean(3, keepdim=True), x.mean(2, keepdim=True).mT], 2)
+        h, w = F.relu(self.norm(self.conv(profiles))).split(list(x.shape[2:]), 2)
+        return self.conv_h(h).sigmoid(), self.conv_w(w.mT).sigmoid()
+
+
+class Spectral(nn.Module):
+    """s of squeeze and excitation, [n, C, 1, 1]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        width = max(channels // 16, 1)
+        self.squeeze, self.excite = nn.Linear(channels, width, bias=False), nn.Linear(width, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.excite(F.relu(self.squeeze(x.mean((2, 3))))).sigmoid()[:, :, None, None]
+
+
+class Balanced(nn.Module):
+    """alpha a_h a_w + (1 - alpha) s."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.coord, self.se = Spatial(channels), Spectral(channels)
+        self.theta = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha, (a_h, a_w) = self.theta.sigmoid(), self.coord(x)
+        return alpha * a_h * a_w + (1 - alpha) * self.se(x)
+
+
+class FromIdentity(nn.Module):
+    """x (1 + g (G - 1)), x itself at first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attention, self.g = Balanced(channels), nn.Parameter(torch.zeros(()))
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, 0, 0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.g * (self.attention(x) - 1))
+
+
+def residual_blocks(net: nn.Module) -> list[list[nn.Module]]:
+    """Those of a timm ResNet, stage by stage."""
+    return [list(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
+
+
+def with_attention(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None:
+    """Balanced attention behind the last batch norm of every block of a timm ResNet; its alphas do not decay."""
+    thetas = []
+    for block in (block for stage in residual_blocks(net) for block in stage):
+        norm = block.bn3 if hasattr(block, "bn3") else block.bn2
+        norm.attention = FromIdentity(norm.num_features).to(norm.weight.device)
+        norm.register_forward_hook(lambda norm, args, x: norm.attention(x))
+        thetas.append(norm.attention.attention.theta)
+    own = {id(theta) for theta in thetas}
+    others = [p for p in net.parameters() if id(p) not in own]
+    descend(net, AdamW([{"params": others}, {"params": thetas, "weight_decay": 0.0}]), batches, amp)
+
+
+def drop_block(
+    net: nn.Module, batches: Batches, amp: Amp = nullcontext, first: float = 0.05, last: float = 0.2, size: int = 7
+) -> None:
+    """Squares left out between the first two convolutions of every block of a timm ResNet, more in later stages."""
+
+    def dropping(p: float) -> Callable[..., tuple[Tensor]]:
+        def hook(conv: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            (x,) = args
+            side = min(size, *x.shape[2:])
+            side -= side % 2 == 0
+            seeds = (torch.rand_like(x[:, :1], dtype=torch.float32) < p / side**2).float()
+            keep = 1 - F.max_pool2d(seeds, side, 1, side // 2)
+            return (x * (keep * (keep.numel() / keep.sum().clamp_min(1))).to(x.dtype),)
+
+        return hook
+
+    handles = []
+    for stage, blocks in enumerate(residual_blocks(net)):
+        for block in blocks:
+            hook = dropping(first + (last - first) * stage / 3)
+            handles.append(block.conv2.register_forward_pre_hook(hook))
+    plain(net, batches, amp)
+    for handle in handles:
+        handle.remove()
+
+
+def class_weighted(net: nn.Module, batches: Batches, amp: Amp = nullcontext, weights: Sequence[float] = ()) -> None:
+    """Cross-entropy with torch's own class weights."""
+    optimizer = AdamW(trained(net))
+    weight = torch.tensor(weights, device=next(net.parameters()).device)
+    net.train()
+    for x, y in batches:
+        with amp():
+            loss = F.cross_entropy(net(x), y, weight=weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 # -- continual learning ----------------------------------------------------------------------------------------------
 
 

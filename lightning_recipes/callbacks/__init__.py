@@ -1,6 +1,9 @@
 """The recipes, by name: ``from lightning_recipes.callbacks import AAER``. The folders are for the reader."""
 
+from lightning_recipes.callbacks.adapters.class_weights import ClassWeights
+from lightning_recipes.callbacks.adapters.drop_block import DropBlock
 from lightning_recipes.callbacks.adapters.glad import GLAD
+from lightning_recipes.callbacks.adapters.insert_attention import InsertAttention
 from lightning_recipes.callbacks.adapters.pego import PEGO
 from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
@@ -35,12 +38,15 @@ __all__ = [
     "SLCA",
     "AdaptFormer",
     "BackdoorAdjustment",
+    "ClassWeights",
     "CosineHead",
     "CutMix",
+    "DropBlock",
     "ExactResume",
     "ForgettingMonitor",
     "FreezeOut",
     "GradientNoise",
+    "InsertAttention",
     "LogitAdjustment",
     "LongTailMonitor",
     "Mixup",

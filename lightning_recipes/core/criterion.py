@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_recipes.core.distributed import all_sum, rank_and_world
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.patch import Patch
 
@@ -59,6 +60,8 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
     place: int = 0
     """Among all loss calls of the step, those that train nothing counted too."""
+    class_weights: Tensor | None = None
+    """``[classes]``, of the recipes; the module's own are among the options."""
 
     @property
     def is_function(self) -> bool:
@@ -88,21 +91,36 @@ class Call:
     def value(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Any:
         """The loss as the module would have computed it from these logits and targets, weighted by sample if asked.
 
+        With class weights w a mean is sum w l / sum w over the samples of all ranks, as nn.CrossEntropyLoss(weight=w)
+        has it in one process; a soft target is one of every class by its share: -sum_c y_c w_c log p_c over
+        sum_c y_c w_c.
+
         Raises:
-            RecipeError: for soft targets or weights that a named criterion cannot take.
+            RecipeError: for soft targets or weights that the criterion cannot take.
         """
         softened = targets is not self.targets and self.classifies and targets.shape != self.targets.shape
-        if weights is None and not softened:
+        if self.class_weights is not None and not self.classifies:
+            raise RecipeError(f"class weights need a loss of class scores; the observed one is {self.name}")
+        if weights is None and self.class_weights is None and not softened:
             return self.function(logits, targets, **self.options)
         if not self.is_function:
             if softened:
                 self.check_takes_soft()
-            return (self.per_sample(logits, targets) * weights).mean()
+            weighted = self.per_sample(logits, targets)
+            weighted = weighted if weights is None else weighted * weights
+            if self.class_weights is None:
+                return weighted.mean()
+            of_label = self._weights_at(targets)
+            if of_label.dim() != 1:
+                raise RecipeError(
+                    f"criterion={self.name!r} has targets {list(targets.shape)}; class weights need one a sample, [n]"
+                )
+            return (weighted * of_label).sum() / self._over_ranks(of_label.sum())
         losses, reduction = self._unreduced(logits, targets), self.options.get("reduction", "mean")
         weighted = losses if weights is None else losses * weights.reshape(-1, *[1] * (losses.dim() - 1))
         if reduction == "none":
             return weighted
-        return weighted.sum() if reduction == "sum" else weighted.sum() / self._count(losses)
+        return weighted.sum() if reduction == "sum" else weighted.sum() / self._count(losses, targets)
 
     def check_takes_soft(self) -> None:
         """Refuse a named criterion of class indices, for a recipe that will make the targets soft.
@@ -118,6 +136,9 @@ class Call:
 
     def _unreduced(self, logits: Tensor, targets: Tensor) -> Tensor:
         options = {**self.options, "reduction": "none"}
+        if self.class_weights is not None:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            options["weight"] = self._all_class_weights().to(logits.dtype)
         soft = self.classifies and targets.is_floating_point()
         if soft:
             options.pop("ignore_index", None)
@@ -136,15 +157,35 @@ class Call:
             return None
         return self.targets != self.options.get("ignore_index", -100)
 
-    def _count(self, losses: Tensor) -> Tensor | int:
-        """The divisor of a mean: samples, or (for hard targets) the class weights of those not ignored."""
+    def _count(self, losses: Tensor, targets: Tensor) -> Tensor | int:
+        """The divisor of a mean: samples, or the class weights of those that are not ignored."""
         kept = self._kept() if self.classifies else None
+        if self.class_weights is not None:
+            if targets.is_floating_point():
+                shape = (-1, *[1] * (targets.dim() - 2))
+                present = (targets * self._all_class_weights().reshape(shape)).sum(1)
+                present = present if kept is None else present * kept
+            else:
+                present = self._weights_at(targets)
+            return self._over_ranks(present.sum())
         if kept is None:
             return losses.numel()
-        class_weights = self.options.get("weight")
-        if class_weights is None:
-            return kept.sum()
-        return (class_weights[self.targets.clamp_min(0)] * kept).sum()
+        return kept.sum() if self.options.get("weight") is None else self._weights_at(self.targets).sum()
+
+    def _all_class_weights(self) -> Tensor | None:
+        own = self.options.get("weight")
+        if self.class_weights is None or own is None:
+            return own if self.class_weights is None else self.class_weights
+        return own * self.class_weights
+
+    def _weights_at(self, targets: Tensor) -> Tensor:
+        """The class weight of every hard target, 0 where it is ignored."""
+        kept = self._kept()
+        return self._all_class_weights()[torch.where(kept, targets, 0)] * kept
+
+    def _over_ranks(self, present: Tensor) -> Tensor:
+        """The mean over ranks of the weight that is present, so that DDP's mean of the losses is the global one."""
+        return all_sum(present) / rank_and_world()[1]
 
 
 class Observation:

@@ -6,7 +6,7 @@ never fires) and stays for the whole fit; nothing is copied, the tapped tensor i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -91,6 +91,56 @@ class Taps:
                 f"{path} gave {_describe(self.values[name])}, which holds no tensor of features; name another part"
             )
         return value
+
+
+class Edits:
+    """Changes the input or the output of named parts of a module in every call, for the length of a fit.
+
+    Use it as a part of a fit (``plan.install(edits)``). A copy of the module carries hooks that do nothing.
+
+    Args:
+        module: any module.
+        points: by the caller's own name, (dotted path in `module`, 'input' or 'output'), as for :class:`Taps`.
+        edit: from the name, the part and the tensor to the tensor that takes its place. A part whose first argument,
+            or whose output, is no tensor is an error.
+
+    Raises:
+        RecipeError: for a path that is no part of the module; lists those near it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        points: Mapping[str, tuple[str, Side]],
+        edit: Callable[[str, nn.Module, Tensor], Tensor],
+    ) -> None:
+        self.points = dict(points)
+        self._parts = {name: part_of(module, path) for name, (path, _) in self.points.items()}
+        self._edit = edit
+
+    def install(self, undo: ExitStack) -> None:
+        """Edit for the length of a fit."""
+        for name, (path, side) in self.points.items():
+            part, hook = self._parts[name], _Edit(self._edit, name, path, side)
+            if side == "input":
+                undo.callback(part.register_forward_pre_hook(hook).remove)
+            else:
+                undo.callback(part.register_forward_hook(hook).remove)
+
+
+class _Edit:
+    def __init__(self, edit: Callable[..., Tensor], name: str, path: str, side: Side) -> None:
+        self.edit, self.name, self.path, self.side = edit, name, path, side
+
+    def __call__(self, part: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
+        value = output if self.side == "output" else args[0] if args else None
+        if not isinstance(value, Tensor):
+            raise RecipeError(f"the {self.side} of {self.path} is {_describe(value)} and no tensor; name another part")
+        changed = self.edit(self.name, part, value)
+        return changed if self.side == "output" else (changed, *args[1:])
+
+    def __reduce__(self) -> Any:
+        return _Nothing, ()
 
 
 class _Keep:
@@ -193,6 +243,11 @@ def blocks(module: nn.Module) -> list[str]:
     Raises:
         RecipeError: when there is no such family.
     """
+    return [place for _, place in _blocks(module)]
+
+
+def _blocks(module: nn.Module) -> list[tuple[str, str]]:
+    """Path of every block, and of the part that gives its output."""
     parts = {name for name, _ in module.named_modules()}
     found = {name: names for name, names in select.layers(module)[:-1] if name in parts}
     families: dict[tuple[str, type], list[str]] = {}
@@ -207,7 +262,63 @@ def blocks(module: nn.Module) -> list[str]:
     # With those that were counted to the stem or to what follows.
     family = [path + name for name, part in module.get_submodule(parent_path).named_children() if type(part) is kind]
     family = [name for name in family if name != head and not head.startswith(name + ".")]
-    return [_last_of_block(module, name, found.get(name, [])) for name in family]
+    return [(name, _last_of_block(module, name, found.get(name, []))) for name in family]
+
+
+def feature_maps(module: nn.Module, where: Literal["middle", "end"], argument: str) -> list[tuple[str, Side, int]]:
+    """Where a convolutional network's feature maps [n, channels, height, width] are, from input to output.
+
+    In residual blocks: in the middle of each, at the input of its second convolution, or at the end, where what is
+    added to the shortcut comes out of its last convolution or batch norm. In a network without them: at the output of
+    every block that holds a convolution.
+
+    Args:
+        argument: the caller's, by which places can be named, for the error.
+
+    Returns:
+        (path, 'input' or 'output', depth from 0) by place. Blocks under one parent have one depth, those of another
+        parent the next; if all have one parent each is one deeper than the one before.
+
+    Raises:
+        RecipeError: when there are none; says what was looked for.
+    """
+    residual = select.convolutional_blocks(module)
+    if residual:
+        stages = list(dict.fromkeys(path.rpartition(".")[0] for path in residual))
+        depths = {
+            path: stages.index(path.rpartition(".")[0]) if len(stages) > 1 else i for i, path in enumerate(residual)
+        }
+        if where == "middle":
+            return [(convolutions[1], "input", depths[path]) for path, (convolutions, _) in residual.items()]
+        return [(last, "output", depths[path]) for path, (_, last) in residual.items()]
+    try:
+        found = _blocks(module)
+    except RecipeError:
+        found = []
+    plain = [
+        place for path, place in found if any(isinstance(p, nn.Conv2d) for p in module.get_submodule(path).modules())
+    ]
+    if not plain:
+        raise RecipeError(
+            f"found no feature maps in {type(module).__name__}: no residual blocks (parts with two 2-d convolutions of"
+            f" their own) and no blocks in order with a convolution; its parts are {select.names_of(module)}: name"
+            f" some with {argument}="
+        )
+    return [(path, "output", depth) for depth, path in enumerate(plain)]
+
+
+def named_part(module: nn.Module, path: str) -> str:
+    """The path of a part that is named from the LightningModule, or else from the network inside it.
+
+    Raises:
+        RecipeError: for a path that is no part; lists those near it.
+    """
+    parts = {name for name, _ in module.named_modules()}
+    inside = f"{select.network(module)[0]}.{path}"
+    if path not in parts and inside in parts:
+        return inside
+    part_of(module, path)
+    return path
 
 
 def _last_of_block(module: nn.Module, path: str, names: Sequence[str]) -> str:

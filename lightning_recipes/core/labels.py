@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.random import forked
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
@@ -131,3 +131,63 @@ def class_counts(trainer: pl.Trainer) -> Tensor:
         RecipeError: when they cannot be counted.
     """
     return torch.bincount(labels_of(training_set(trainer)))
+
+
+# -- for recipes that go by the frequency of classes -----------------------------------------------------------------
+
+
+def counted_for(recipe: object, trainer: pl.Trainer, changes: bool, instead: str) -> Tensor:
+    """:func:`class_counts` for a recipe, as the fit begins.
+
+    Args:
+        recipe: that asks.
+        changes: whether the training data change in the course of the fit.
+        instead: what its user can give in place of a count, as in "class_counts=[...]".
+
+    Raises:
+        RecipeError: when the classes cannot be counted, or the count would not last; says what to give instead.
+    """
+    name = type(recipe).__name__
+    if changes:
+        raise RecipeError(
+            f"{name}: the training data may change from phase to phase, and the classes that are counted would be those"
+            f" of the first; give {instead}"
+        )
+    try:
+        with speaking_for(recipe):
+            return class_counts(trainer)
+    except RecipeError as error:
+        raise RecipeError(f"{error}; give {instead}") from error
+
+
+def check_same_counts(recipe: object, here: Tensor, saved: Tensor | None) -> None:
+    """Refuse to go on with another training set than the checkpoint's.
+
+    Raises:
+        RecipeError: gives both counts.
+    """
+    if saved is not None and not torch.equal(saved, here):
+        raise RecipeError(
+            f"{type(recipe).__name__}: the training set is not the one of the checkpoint: samples a class are"
+            f" {here.tolist()} here and were {saved.tolist()}. Resume with the data of the checkpoint, or start a new"
+            " fit from its weights"
+        )
+
+
+def one_for_every_class(recipe: object, values: Tensor, classes: int, what: str, counted: bool) -> Tensor:
+    """Values by class, as many as the logits have classes: the last classes of a count may have no sample.
+
+    Args:
+        what: the values, for the error.
+        counted: whether they were counted on the training set.
+
+    Raises:
+        RecipeError: when there are more or, not counted, fewer than classes.
+    """
+    if counted and len(values) < classes:
+        values = torch.cat([values, values.new_zeros(classes - len(values))])
+    if len(values) != classes:
+        raise RecipeError(
+            f"{type(recipe).__name__}: there are {len(values)} {what} and the logits have {classes} classes"
+        )
+    return values

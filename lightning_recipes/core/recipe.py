@@ -168,6 +168,11 @@ class StepRecipe(Recipe):
         """Return one weight a sample, ``[n]``, for the mean of weight times loss; None leaves the loss as it is."""
         return None
 
+    def class_weights(self, step: Step) -> Tensor | None:
+        """Return one weight a class, ``[classes]``, for sum w loss / sum w over the samples of all ranks; None leaves
+        the loss as it is. The module's own class weights multiply with them."""
+        return None
+
     def extra_loss(self, step: Step) -> Tensor | Mapping[str, Tensor]:
         """Return a scalar to add to the loss, or several by name."""
         return {}

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_recipes.core.errors import RecipeError
 
 HEAD_NAMES = ("head", "heads", "fc", "classifier", "score", "lm_head", "qa_outputs", "output", "out")
+SHORTCUTS = ("shortcut", "downsample", "skip")  # what is beside a block's own layers is called one of these
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding)
 
 
@@ -82,6 +83,34 @@ def layers(module: nn.Module) -> list[tuple[str, list[str]]]:
     if left:
         groups.insert(0, ("stem", left)) if not groups else groups[0][1].extend(left)
     return [(name, names) for name, names in groups if names] + [("head", in_head)]
+
+
+def convolutional_blocks(module: nn.Module) -> dict[str, tuple[list[str], str]]:
+    """The residual blocks of a convolutional network, from input to output.
+
+    A block is a part inside the network, no mere sequence, that holds two or more 2-d convolutions of its own; those
+    of a shortcut do not count.
+
+    Returns:
+        by path of the block: the paths of its convolutions in order, and the path of the last of its convolutions and
+        batch norms, which gives what is added to the shortcut. Empty where there are none.
+    """
+    root, _ = network(module)
+    try:
+        head_path = head(module)
+    except RecipeError:
+        head_path = ""
+    found: dict[str, tuple[list[str], str]] = {}
+    for path, part in module.named_modules():
+        outside = path == root or not _under(path, root) if root else not path
+        if outside or _under(head_path, path) or isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            continue
+        own = [(n, c) for n, c in part.named_children() if not any(word in n for word in SHORTCUTS)]
+        convolutions = [_join(path, name) for name, child in own if isinstance(child, nn.Conv2d)]
+        if len(convolutions) > 1 and not any(_under(path, other) for other in found):
+            last = [_join(path, name) for name, child in own if isinstance(child, (nn.Conv2d, _BatchNorm))][-1]
+            found[path] = convolutions, last
+    return found
 
 
 def groups(

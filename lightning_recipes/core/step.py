@@ -23,8 +23,9 @@ from lightning_recipes.core.silence import modes_kept, silent
 if TYPE_CHECKING:
     from lightning_recipes.core.recipe import StepRecipe
 
-_NEED_CRITERION = ("transform_logits", "transform_targets", "loss_weights")
-_AUTOMATIC_ONLY = ("loss_weights", "extra_loss", "own_loss_weight")
+_NEED_CRITERION = ("transform_logits", "transform_targets", "loss_weights", "class_weights")
+_AUTOMATIC_ONLY = ("loss_weights", "class_weights", "extra_loss", "own_loss_weight")
+_RUNNING: ContextVar[Step | None] = ContextVar("the step that this thread is in", default=None)
 _REPLAYED: ContextVar[tuple[int, bool] | None] = ContextVar("place of a micro-batch that is run again", default=None)
 
 
@@ -41,6 +42,20 @@ def at_batch(index: int, last: bool) -> Iterator[None]:
         yield
     finally:
         _REPLAYED.reset(token)
+
+
+def running() -> Step | None:
+    """The training step that is under way, or its replay; None outside of one. For hooks within the network."""
+    return _RUNNING.get()
+
+
+@contextmanager
+def _under_way(step: Step) -> Iterator[None]:
+    token = _RUNNING.set(step)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -144,6 +159,7 @@ class Step:
             self.trainer, self.module, self._run, batch, self._rest, self._recipes, self._select, replaying=True
         )
         with (
+            _under_way(inner),
             silent(self.module, track_statistics=track_statistics),
             watching(Observation(inner, self._select)) as watch,
         ):
@@ -248,6 +264,10 @@ class Step:
                 weight = recipe.loss_weights(self)
                 if weight is not None:
                     weights = weight if weights is None else weights * weight
+            if recipe.overrides("class_weights"):
+                weight = recipe.class_weights(self)
+                if weight is not None:
+                    call.class_weights = weight if call.class_weights is None else call.class_weights * weight
         self._weights = weights
         return self.logits, self.targets, weights
 
@@ -326,6 +346,10 @@ class StepSocket:
         if not self.trainer.training:  # a module that validates by its training step
             return run(batch, *rest)
         step = Step(self.trainer, self.module, run, batch, rest, self.recipes, self.select)
+        with _under_way(step):
+            return self._run(step, run, rest)
+
+    def _run(self, step: Step, run: Callable[..., Any], rest: Sequence[Any]) -> Any:
         for recipe in self.recipes:
             if recipe.overrides("transform_batch"):
                 with speaking_for(recipe):

@@ -1,6 +1,8 @@
 """Stock LightningModules, which know nothing of recipes, and the nets and metrics that they use."""
 
 from lightning_recipes.core.group_accuracy import LongTailAccuracy
+from lightning_recipes.modules.balanced_attention import BalancedAttention, CoordinateAttention, SqueezeExcitation
+from lightning_recipes.modules.balanced_cnn import BalancedCNN, BalancedNet
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 from lightning_recipes.modules.contrastive import (
     ContrastivePretraining,
@@ -8,6 +10,7 @@ from lightning_recipes.modules.contrastive import (
     SpectralContrastiveLoss,
     SupConLoss,
 )
+from lightning_recipes.modules.drop_block import DropBlock2d
 from lightning_recipes.modules.dual_input_output import AugmentBatch, DualInputOutput, UnifiedClassifier
 from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
@@ -23,10 +26,15 @@ __all__ = [
     "AURC",
     "MLP",
     "AugmentBatch",
+    "BalancedAttention",
+    "BalancedCNN",
+    "BalancedNet",
     "BaseToNovelAccuracy",
     "CausalLM",
     "CifarResNet",
     "ContrastivePretraining",
+    "CoordinateAttention",
+    "DropBlock2d",
     "DualInputOutput",
     "FixedReweighting",
     "IdentityHead",
@@ -39,6 +47,7 @@ __all__ = [
     "PreActResNet18",
     "SmallCNN",
     "SpectralContrastiveLoss",
+    "SqueezeExcitation",
     "SupConLoss",
     "SymmetricReLU",
     "TextClassifier",

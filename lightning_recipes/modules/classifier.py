@@ -42,8 +42,12 @@ class OptimizedModule(LightningModule):
         self.lr_interval = lr_interval
         self.monitor = monitor
 
+    def optimized_parameters(self) -> Any:
+        """What the optimizer is made from: parameters, or groups of them."""
+        return self.parameters()
+
     def configure_optimizers(self) -> Any:
-        optimizer = self._make_optimizer(self.parameters())
+        optimizer = self._make_optimizer(self.optimized_parameters())
         if self._make_lr_scheduler is None:
             return optimizer
         scheduler = self._make_lr_scheduler(optimizer)

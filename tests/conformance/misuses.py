@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lightning_recipes.core.recipe import plain
 
 from . import recipes, table
 from .misuse import Misuse, manual, saved
-from .recipes import AUTOMATIC, MEMBERS, OTHER, ROWS, SURGERY
+from .recipes import AUTOMATIC, MEMBERS, NETWORK, OTHER, ROWS, SURGERY
 from .table import Row, small_vit
 
 
@@ -125,23 +126,31 @@ def of_every_row() -> list[Misuse]:
 def of_others_checkpoints() -> list[Misuse]:
     """Every recipe resumed from the checkpoint of a run with somebody else's adapters."""
 
-    def module() -> LightningModule:
-        torch.manual_seed(0)
-        return table.Classifier(small_vit())
+    def on(network: Callable[[], nn.Module]) -> Callable[[], LightningModule]:
+        def module() -> LightningModule:
+            torch.manual_seed(0)
+            return table.Classifier(network())
 
-    before = {name: saved(module, lambda name=name: [MEMBERS[name]()], lambda: table.digits()) for name in SURGERY[:2]}
+        return module
+
+    before = {
+        (name, network): saved(on(network), lambda name=name: [MEMBERS[name]()], lambda: table.digits())
+        for name in [name for name in SURGERY if name not in NETWORK][:2]
+        for network in {small_vit, *NETWORK.values()}
+    }
     found = {}
     for member, make in MEMBERS.items():
         name = type(make()).__name__
-        owner = next(each for each in before if each != name)
+        network = NETWORK.get(name, small_vit)
+        owner = next(each for each, _ in before if each != name)
         found[name] = Misuse(
             name,
             f"a checkpoint with the adapters of {owner}",
             f"the checkpoint holds the .* of {owner}, which is not among the Trainer's callbacks. Add it",
             lambda member=member: [MEMBERS[member]()],
-            module,
+            on(network),
             lambda: table.digits(),
-            checkpoint=before[owner],
+            checkpoint=before[owner, network],
         )
     return list(found.values())
 

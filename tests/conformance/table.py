@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from sklearn.datasets import load_digits
+from timm.layers import HybridEmbed
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -45,6 +47,58 @@ def small_vit() -> nn.Module:
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, in_chans=1, num_classes=10
     )
+
+
+class ResidualStem(nn.Module):
+    """A residual block of two convolutions on 8x8 grey images, without batch norm."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(self.conv1(x).relu())
+
+
+def small_hybrid() -> nn.Module:
+    """:func:`small_vit` on the feature maps of a residual block: whatever attaches to that attaches to this too."""
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=8,
+        patch_size=4,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        in_chans=1,
+        num_classes=10,
+        embed_layer=partial(HybridEmbed, backbone=ResidualStem()),
+    )
+
+
+class SmallResNet(nn.Module):
+    """Two residual blocks with batch norm for 8x8 grey images, the second one halved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(NormedBlock(1, 8, 1), NormedBlock(8, 16, 2))
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(x).mean((2, 3)))
+
+
+class NormedBlock(nn.Module):
+    """conv, norm, ReLU, conv, norm, plus a 1x1 convolution, ReLU."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(before, width, 3, stride, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.shortcut = nn.Conv2d(before, width, 1, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
 
 
 class Classifier(pl.LightningModule):
@@ -138,6 +192,8 @@ class Row:
         monitors: whether it changes nothing at any setting.
         network: makes the network.
         optimizer: 'sgd', 'adamw', or 'filter' (sgd over what requires a gradient).
+        batch_norm: whether there is a batch norm, in the network or put into it: each rank has statistics of its own,
+            so two ranks are not one process, and running statistics are no parameters.
         couples: whether the loss of a sample depends on its batch, so that micro-batches are not one large batch.
         trainer: further Trainer arguments.
         keeps: takes off what the recipe leaves in the module by documented choice; None where it leaves nothing.
@@ -150,6 +206,7 @@ class Row:
     neutral: Callable[[], list[Callback]] | None = None
     network: Callable[[], nn.Module] = ConvNet
     optimizer: str = "sgd"
+    batch_norm: bool = False
     couples: bool = False
     monitors: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from .lives import KILLS, TWENTY, end_of, launch
 from .recipes import ROWS
 from .table import LIGHTNINGS_OWN, Row, differing, furthest, same
 
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
@@ -50,11 +51,14 @@ def test_a_run_that_was_killed_twenty_times_at_random_moments_ends_the_same(row:
 @pytest.mark.ddp
 @rows
 def test_both_ranks_hold_the_same_weights(row: Row, lives: Path) -> None:
-    assert same(end_of(lives, row, "two", 0), end_of(lives, row, "two", 1))
+    first, second = (end_of(lives, row, "two", rank) for rank in range(2))
+    if row.batch_norm:
+        first, second = ({k: v for k, v in each.items() if not k.endswith(RUNNING)} for each in (first, second))
+    assert same(first, second)
 
 
 @pytest.mark.ddp
-@rows
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.batch_norm], ids=lambda row: row.name)
 def test_two_ranks_equal_one_process_on_the_same_global_batches(row: Row, lives: Path) -> None:
     assert furthest(end_of(lives, row, "two"), end_of(lives, row, "one")) < 1e-6
 

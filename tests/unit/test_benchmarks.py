@@ -54,7 +54,7 @@ def same_noise(monkeypatch):
 
     def begin():
         generator = torch.Generator().manual_seed(1)
-        monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape, generator=generator))
+        monkeypatch.setattr(torch, "rand_like", lambda x, **dtype: torch.rand(x.shape, generator=generator))
         draws = random.Random(1)
         monkeypatch.setattr(loops, "random", draws)
         monkeypatch.setattr(torch, "randperm", lambda count: torch.tensor(draws.sample(range(count), count)))
@@ -158,6 +158,8 @@ def test_what_the_loops_add_to_plain_training_acts_on_the_data_of_these_tests(sa
         (loops.noisy, resnet, {"eta": 0.0}),
         (loops.self_distillation, resnet, {"alpha": 0.0}),
         (partial(loops.self_distillation, table=False), resnet, {"alpha": 0.0}),
+        (loops.drop_block, resnet, {"first": 0.0, "last": 0.0}),
+        (partial(loops.class_weighted, weights=[3.0] + [1.0] * 9), resnet, {"weights": [1.0] * 10}),
     ):
         assert (train(loop, network) - train(loop, network, **off)).abs().max() > 1e-4, off
 

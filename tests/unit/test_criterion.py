@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import nn
 
-from lightning_recipes.core.criterion import OBSERVED, Observation, watching, wrap_named
+from lightning_recipes.core.criterion import OBSERVED, Call, Observation, watching, wrap_named
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.recipe import StepRecipe
 from tests.stock import Classifier, loader, mlp, quiet, samples
@@ -402,3 +402,96 @@ def test_a_soft_margin_loss_is_seen_and_can_be_weighted():
     assert [call.name for call in watch.seen] == ["soft_margin_loss"] and not watch.call.classifies
     by_hand = F.softplus(-signs * Z) * W.reshape(-1, *[1] * (Z.dim() - 1))
     assert torch.allclose(loss, by_hand.mean())
+
+
+# -- class weights of recipes -----------------------------------------------------------------------------------------
+
+
+class ByClass(StepRecipe):
+    """Weighs classes, and keeps what became of the loss."""
+
+    def __init__(self, values, criterion=None, soft=False):
+        super().__init__()
+        self.values, self.criterion, self.soft, self.losses = torch.tensor(values), criterion, soft, []
+
+    def class_weights(self, step):
+        return self.values
+
+    def transform_targets(self, step, logits, targets):
+        return 0.7 * F.one_hot(targets, 3) + 0.1 if self.soft else targets
+
+    def extra_loss(self, step):
+        self.losses.append(step.loss.item())
+        return {}
+
+
+def with_class_weights(call_loss, recipe):
+    class Own(Named):
+        def training_step(self, batch, batch_idx):
+            return call_loss(self, self(batch[0]), batch[1])
+
+    return fit(Own(), recipe)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.2},
+        {"ignore_index": 1},
+        {"reduction": "sum"},
+        {"weight": torch.tensor([2.0, 1.0, 3.0])},
+    ],
+)
+def test_class_weights_are_those_of_torchs_own_argument(options):
+    values = [0.5, 2.0, 1.0]
+    logits, y, loss = with_class_weights(lambda m, z, y: F.cross_entropy(z, y, **options), ByClass(values))
+    weight = torch.tensor(values) * options.get("weight", torch.ones(3))
+    assert loss == pytest.approx(F.cross_entropy(logits, y, **{**options, "weight": weight}).item(), rel=1e-6)
+
+
+def test_class_weights_of_a_soft_target_weigh_every_class_by_its_share():
+    values = torch.tensor([0.5, 2.0, 1.0])
+    logits, y, loss = with_class_weights(lambda m, z, y: F.cross_entropy(z, y), ByClass([0.5, 2.0, 1.0], soft=True))
+    shares = (0.7 * F.one_hot(y, 3) + 0.1) * values
+    assert loss == pytest.approx((-(shares * logits.log_softmax(1)).sum() / shares.sum()).item(), rel=1e-6)
+    _, _, of_nll = with_class_weights(
+        lambda m, z, y: F.nll_loss(z.log_softmax(1), y), ByClass([0.5, 2.0, 1.0], soft=True)
+    )
+    assert of_nll == pytest.approx(loss, rel=1e-6)
+
+
+def test_class_weights_of_a_named_criterion_and_of_several_recipes():
+    class Other(ByClass):
+        pass
+
+    class Timm(Named):
+        def training_step(self, batch, batch_idx):
+            return self.criterion(self(batch[0]), batch[1])
+
+    logits, y, loss = fit(Timm(), ByClass([0.5, 2.0, 1.0], "criterion"))
+    logp, w = logits.log_softmax(1), torch.tensor([0.5, 2.0, 1.0])[y]
+    each = 0.9 * -logp[range(4), y] - 0.1 * logp.mean(1)
+    assert loss == pytest.approx(((w * each).sum() / w.sum()).item(), rel=1e-5)
+
+    first, second = ByClass([1.0, 2.0, 1.0]), Other([3.0, 1.0, 1.0])
+    quiet(callbacks=[first, second], limit_train_batches=1).fit(Classifier(), loader(*samples()))
+    expected = F.cross_entropy(logits, y, weight=torch.tensor([3.0, 2.0, 1.0]))
+    assert first.losses == second.losses == [pytest.approx(expected.item(), rel=1e-6)]
+
+
+def test_class_weights_of_places_and_of_no_classes():
+    logits, y, loss = with_class_weights(
+        lambda m, z, y: F.cross_entropy(z[:, :, None].expand(-1, -1, 2), y[:, None].repeat(1, 2)),
+        ByClass([0.5, 2.0, 1.0]),
+    )
+    assert loss == pytest.approx(F.cross_entropy(logits, y, weight=torch.tensor([0.5, 2.0, 1.0])).item(), rel=1e-6)
+    with pytest.raises(RecipeError, match="class weights need a loss of class scores; the observed one is mse_loss"):
+        with_class_weights(lambda m, z, y: F.mse_loss(z, F.one_hot(y, 3).float()), ByClass([1.0, 2.0, 3.0]))
+
+
+def test_class_weights_are_taken_in_fp32_from_16_bit_logits():
+    weight = torch.tensor([0.8, 1.3, 1.0])
+    call = Call("cross_entropy", F.cross_entropy, Z.detach().bfloat16(), Y, class_weights=weight)
+    expected = F.cross_entropy(Z.detach().bfloat16().float(), Y, weight=weight)
+    assert torch.allclose(call.value(call.logits, Y), expected, rtol=1e-6)

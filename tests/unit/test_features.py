@@ -16,8 +16,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_recipes.core.dry_run import a_few_samples, arguments_of
 from lightning_recipes.core.errors import RecipeError
-from lightning_recipes.core.features import Taps, blocks, head_input, how_to_pool, pooled
+from lightning_recipes.core.features import (
+    Edits,
+    Taps,
+    blocks,
+    feature_maps,
+    head_input,
+    how_to_pool,
+    named_part,
+    pooled,
+)
 from lightning_recipes.core.recipe import Recipe
+from lightning_recipes.modules import CifarResNet, SmallCNN
 from tests.attention import CASES
 from tests.stock import Classifier, loader, mlp, quiet, samples
 
@@ -353,3 +363,72 @@ def test_a_dry_run_that_cannot_be_made_says_what_to_do():
     once = iter(loader(X, Y))
     with pytest.raises(RecipeError, match="an iterator that goes through once"):
         inside_a_fit(Classifier(), once, a_few_samples)
+
+
+# -- edits -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_edit_changes_what_goes_in_or_comes_out_and_is_gone_afterwards():
+    module, seen = Classifier(), []
+
+    def edit(name, part, x):
+        seen.append((name, type(part).__name__))
+        return 2 * x if name == "in" else x + 1
+
+    plain, halves = module(X), nn.Sequential(*module.net[:2])
+    undo = ExitStack()
+    Edits(module, {"in": ("net.2", "input"), "out": ("net.4", "output")}, edit).install(undo)
+    expected = module.net[3](nn.functional.linear(2 * halves(X), module.net[2].weight, module.net[2].bias))
+    expected = nn.functional.linear(expected, module.net[4].weight, module.net[4].bias) + 1
+    assert torch.allclose(module(X), expected)
+    assert seen == [("in", "Linear"), ("out", "Linear")]
+    twin, again = copy.deepcopy(module), pickle.loads(pickle.dumps(module.net))
+    assert torch.equal(twin(X), plain) and torch.equal(again(X), plain)
+    undo.close()
+    assert torch.equal(module(X), plain)
+    assert not module.net[2]._forward_pre_hooks and not module.net[4]._forward_hooks
+
+
+def test_an_edit_of_what_is_no_tensor_says_where():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    module = Classifier(nn.Sequential(nn.Linear(6, 3), Pair()))
+    Edits(module, {"out": ("net.1", "output")}, lambda name, part, x: x).install(ExitStack())
+    with pytest.raises(RecipeError, match=r"the output of net\.1 is a tuple of .* and no tensor; name another part"):
+        module(X)
+    with pytest.raises(RecipeError, match=r"'net\.7' is no part of Classifier"):
+        Edits(module, {"out": ("net.7", "output")}, lambda name, part, x: x)
+
+
+# -- feature maps ------------------------------------------------------------------------------------------------------
+
+
+def test_feature_maps_of_residual_blocks_are_as_deep_as_their_stage():
+    module = Classifier(CifarResNet(14))
+    middle, end = feature_maps(module, "middle", "where"), feature_maps(module, "end", "where")
+    assert [depth for *_, depth in middle] == [depth for *_, depth in end] == [0, 0, 1, 1, 2, 2]
+    assert middle[0] == ("net.layer1.0.conv2", "input", 0) and end[3] == ("net.layer2.1.bn2", "output", 1)
+
+
+def test_feature_maps_of_a_plain_network_come_out_of_its_convolutional_stages():
+    assert feature_maps(Classifier(SmallCNN()), "middle", "where") == [
+        (f"net.stages.{i}", "output", i) for i in range(3)
+    ]
+    vgg = feature_maps(Classifier(torchvision.models.vgg11()), "end", "where")
+    assert vgg[0] == ("net.features.2", "output", 0), "behind the activation and the pooling"
+    assert len(vgg) == 8
+
+
+def test_a_transformer_has_no_feature_maps_and_the_error_says_what_was_looked_for():
+    vit = timm.create_model("vit_tiny_patch16_224", depth=2)
+    with pytest.raises(RecipeError, match=r"found no feature maps in Classifier: no residual blocks .*with after="):
+        feature_maps(Classifier(vit), "end", "after")
+
+
+def test_a_part_is_named_from_the_module_or_from_its_network():
+    module = Classifier(SmallCNN())
+    assert named_part(module, "stages.1") == named_part(module, "net.stages.1") == "net.stages.1"
+    with pytest.raises(RecipeError, match=r"'stages\.9' is no part of Classifier; its parts are"):
+        named_part(module, "stages.9")

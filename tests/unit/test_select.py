@@ -19,7 +19,16 @@ from transformers import (
 )
 
 from lightning_recipes.core.errors import RecipeError
-from lightning_recipes.core.select import head, layers, names_of, network, parameters_by, parameters_under
+from lightning_recipes.core.select import (
+    convolutional_blocks,
+    head,
+    layers,
+    names_of,
+    network,
+    parameters_by,
+    parameters_under,
+)
+from lightning_recipes.modules import BalancedNet, CifarResNet, LightweightCNN, PreActResNet18, SmallCNN
 from tests.stock import Classifier, mlp
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
@@ -260,3 +269,79 @@ def test_parameters_are_chosen_by_one_pattern_by_several_or_by_a_function(wanted
 def test_a_choice_of_no_parameter_lists_the_parts(wanted, says):
     with pytest.raises(RecipeError, match=rf"{says} parameter; the module's parts are \['net', 'net.0'"):
         parameters_by(Classifier(), wanted, "parameters")
+
+
+# -- residual blocks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "count", "first", "last"),
+    [
+        (
+            lambda: timm.create_model("resnet18"),
+            8,
+            ("net.layer1.0", ["net.layer1.0.conv1", "net.layer1.0.conv2"], "net.layer1.0.bn2"),
+            "net.layer4.1.bn2",
+        ),
+        (
+            lambda: timm.create_model("resnet50"),
+            16,
+            ("net.layer1.0", [f"net.layer1.0.conv{i}" for i in (1, 2, 3)], "net.layer1.0.bn3"),
+            "net.layer4.2.bn3",
+        ),
+        (
+            lambda: torchvision.models.resnet18(),
+            8,
+            ("net.layer1.0", ["net.layer1.0.conv1", "net.layer1.0.conv2"], "net.layer1.0.bn2"),
+            "net.layer4.1.bn2",
+        ),
+        (
+            lambda: CifarResNet(8),
+            3,
+            ("net.layer1.0", ["net.layer1.0.conv1", "net.layer1.0.conv2"], "net.layer1.0.bn2"),
+            "net.layer3.0.bn2",
+        ),
+        (  # its batch norms stand before the convolutions
+            lambda: PreActResNet18(),
+            8,
+            ("net.layer1.0", ["net.layer1.0.conv1", "net.layer1.0.conv2"], "net.layer1.0.conv2"),
+            "net.layer4.1.conv2",
+        ),
+        (
+            lambda: BalancedNet(widths=(16, 32), depths=(1, 2)),
+            3,
+            (
+                "net.stages.0.0",
+                ["net.stages.0.0.conv1", "net.stages.0.0.conv2"],
+                "net.stages.0.0.bn2",
+            ),
+            "net.stages.1.1.bn2",
+        ),
+        (
+            lambda: timm.create_model("mobilenetv2_035"),
+            17,
+            ("net.blocks.0.0", ["net.blocks.0.0.conv_dw", "net.blocks.0.0.conv_pw"], "net.blocks.0.0.bn2"),
+            "net.blocks.6.0.bn3",
+        ),
+    ],
+)
+def test_residual_blocks_of_convolutional_networks(make, count, first, last):
+    found = convolutional_blocks(meta(make))
+    path, convolutions, gives = first
+    assert found[path] == (convolutions, gives)
+    assert list(found.values())[-1][1] == last
+    assert len(found) == count
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: timm.create_model("vit_tiny_patch16_224", depth=2),
+        lambda: SmallCNN(),
+        lambda: LightweightCNN(size=28),
+        lambda: torchvision.models.vgg11_bn(),
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(8, 2)),
+    ],
+)
+def test_networks_without_residual_blocks_have_none(make):
+    assert convolutional_blocks(meta(make)) == {}

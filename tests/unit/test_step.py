@@ -399,3 +399,24 @@ def test_a_replay_sees_the_logit_and_target_transforms_of_all_recipes():
     soft = F.one_hot(Y[:4], 3) * 0.7 + 0.1
     assert torch.allclose(attack.replay.loss, F.cross_entropy(2 * mlp()(X[:4] + 1), soft))
     assert torch.equal(attack.replay.targets, soft)
+
+
+# -- within the network -----------------------------------------------------------------------------------------------
+
+
+def test_hooks_within_the_network_find_the_step_that_they_are_in():
+    from lightning_recipes.core.step import running
+
+    found = []
+
+    class Replays(StepRecipe):
+        def transform_batch(self, step, batch):
+            found.append(("recipe", running() is step))
+            step.replay(batch)
+            return batch
+
+    module = Classifier()
+    module.net.register_forward_pre_hook(lambda *a: found.append((running().batch_idx, running().replaying)))
+    fit(module, Replays(), limit_train_batches=2)
+    assert found == [("recipe", True), (0, True), (0, False), ("recipe", True), (1, True), (1, False)]
+    assert running() is None

@@ -180,6 +180,7 @@ class NormalizedGD(StepRecipe):
     refuses: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("PSKD", "PSER", "BANG", "Mixup", "CutMix"), "its step length assumes hard labels"),
         **dict.fromkeys(("GLAD", "LangevinMixture"), "its factor assumes the plain gradient"),
+        "ClassWeights": "its factor is that of a mean over all samples alike",
     }
 
     def __init__(

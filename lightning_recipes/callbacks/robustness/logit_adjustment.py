@@ -24,8 +24,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_recipes.core.diagnostics import log_values
-from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
-from lightning_recipes.core.labels import class_counts as count_classes
+from lightning_recipes.core.errors import RecipeError, check_argument
+from lightning_recipes.core.labels import check_same_counts, counted_for, one_for_every_class
 from lightning_recipes.core.prepare import Plan, Session
 from lightning_recipes.core.recipe import Paper, StepRecipe
 from lightning_recipes.core.step import Step
@@ -127,22 +127,9 @@ class LogitAdjustment(StepRecipe):
             return
         if self.class_counts == "auto":
             phases = Session.of(trainer, pl_module).phases
-            if phases is not None and phases.plan.reload_data:
-                raise RecipeError(
-                    "LogitAdjustment: the training data may change from phase to phase, and class_counts='auto' would"
-                    " count those of the first; give class_counts=[samples of class 0, of class 1, ...]"
-                )
-            try:
-                with speaking_for(self):
-                    self._counts = count_classes(trainer)
-            except RecipeError as error:
-                raise RecipeError(f"{error}; give class_counts=[samples of class 0, of class 1, ...]") from error
-        if self._saved is not None and not torch.equal(self._saved, self._counts):
-            raise RecipeError(
-                "LogitAdjustment: the training set is not the one of the checkpoint: samples a class are"
-                f" {self._counts.tolist()} here and were {self._saved.tolist()}. Resume with the data of the"
-                " checkpoint, or start a new fit from its weights"
-            )
+            changes = phases is not None and phases.plan.reload_data
+            self._counts = counted_for(self, trainer, changes, "class_counts=[samples of class 0, of class 1, ...]")
+        check_same_counts(self, self._counts, self._saved)
 
     def transform_logits(self, step: Step, logits: Tensor) -> Tensor:
         """z + tau log pi for the loss alone."""
@@ -158,13 +145,8 @@ class LogitAdjustment(StepRecipe):
                 "LogitAdjustment needs a classification loss of logits [n, classes]; the observed one is"
                 f" {call.name} of {tuple(logits.shape)}"
             )
-        classes = logits.shape[1]
-        if self.class_counts == "auto" and len(counts) < classes:
-            counts = torch.cat([counts, counts.new_zeros(classes - len(counts))])  # the last classes have no sample
-        if len(counts) != classes:
-            raise RecipeError(
-                f"LogitAdjustment: there are {len(counts)} class counts and the logits have {classes} classes"
-            )
+        counted = self.class_counts == "auto"
+        counts = one_for_every_class(self, counts, logits.shape[1], "class counts", counted)
         self._check_zeros(counts)
         if call.options.get("weight") is not None:
             rank_zero_warn("LogitAdjustment: the module's loss has class weights too; the prior is corrected twice")

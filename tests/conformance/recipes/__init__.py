@@ -4,7 +4,8 @@ A file has ``ROWS``, the settings over which every guarantee is checked; ``MEMBE
 small network, for the pairs; ``REFUSED``, pairs of class names that are refused, with words that the error must have;
 ``OTHER``, another value of one argument of each class, for a resume; ``AUTOMATIC`` and ``SURGERY``, names of classes
 that need automatic optimization and that change the network's structure; ``DATA``, for a class that needs data of its
-own, what they are (as in a row); ``misuses()``, everything that can be done
+own, what they are (as in a row); ``NETWORK``, for one that cannot run on the small vision transformer, what makes
+another on which the other members run too; ``misuses()``, everything that can be done
 wrong; and ``cannot_attach(row)``, the row on a module that it cannot take. What a card does not have is left out.
 """
 
@@ -17,6 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from ..misuse import Misuse
@@ -36,6 +38,7 @@ OTHER: dict[str, dict[str, Any]] = _all("OTHER")
 AUTOMATIC: list[str] = [name for card in CARDS for name in getattr(card, "AUTOMATIC", [])]
 SURGERY: list[str] = [name for card in CARDS for name in getattr(card, "SURGERY", [])]
 DATA: dict[str, Callable[[int], TensorDataset]] = _all("DATA")
+NETWORK: dict[str, Callable[[], nn.Module]] = _all("NETWORK")
 MISUSES: list[Misuse] = [each for card in CARDS if hasattr(card, "misuses") for each in card.misuses()]
 CANNOT_ATTACH: list[Misuse] = [
     each for card in CARDS if hasattr(card, "cannot_attach") for row in card.ROWS for each in card.cannot_attach(row)
@@ -98,7 +101,8 @@ def _together(names: Sequence[str]) -> Row:
         ordered.append(next(name for name in waiting if not any(_class(other) in later[name] for other in waiting)))
         waiting.remove(ordered[-1])
     data = next((DATA[_class(name)] for name in ordered if _class(name) in DATA), first_digits)
-    return Row(" + ".join(ordered), lambda: [MEMBERS[name]() for name in ordered], network=small_vit, data=data)
+    network = next((NETWORK[_class(name)] for name in ordered if _class(name) in NETWORK), small_vit)
+    return Row(" + ".join(ordered), lambda: [MEMBERS[name]() for name in ordered], network=network, data=data)
 
 
 def _refusal(a: str, b: str) -> str | None:

@@ -14,7 +14,14 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_recipes.callbacks import AdaptFormer, BackdoorAdjustment, CosineHead, LogitAdjustment, LongTailMonitor
+from lightning_recipes.callbacks import (
+    AdaptFormer,
+    BackdoorAdjustment,
+    ClassWeights,
+    CosineHead,
+    LogitAdjustment,
+    LongTailMonitor,
+)
 from lightning_recipes.callbacks.robustness.cosine_head import CosineLinear
 from lightning_recipes.core.phases import Phase, PhasePlan
 from lightning_recipes.core.recipe import Recipe
@@ -88,10 +95,6 @@ OTHER = {
     "BackdoorAdjustment": {"space": "prob"},
     "LongTailMonitor": {"many": 50},
 }
-
-
-class ClassWeights(Recipe):
-    """Stands for a recipe that weighs classes by the prior."""
 
 
 class InPhases(Recipe):
@@ -187,7 +190,7 @@ def of_logit_adjustment() -> list[Misuse]:
         ),
         adjusts(
             "data that come in phases",
-            "the training data may change from phase to phase, and class_counts='auto' would count .*; give",
+            "the training data may change from phase to phase, and the classes that are counted .*; give",
             lambda: [LogitAdjustment(), InPhases()],
             trainer={"max_epochs": 2},
         ),
