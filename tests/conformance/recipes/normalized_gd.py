@@ -46,6 +46,7 @@ REFUSED = {
     ("Mixup", "NormalizedGD"): "its step length assumes hard labels",
     ("CutMix", "NormalizedGD"): "its step length assumes hard labels",
     ("GLAD", "NormalizedGD"): "its factor assumes the plain gradient",
+    ("ClassWeights", "NormalizedGD"): "its factor is that of a mean over all samples alike",
 }
 AUTOMATIC = ["NormalizedGD"]
 OTHER = {"NormalizedGD": {"max_beta": 100.0}}
