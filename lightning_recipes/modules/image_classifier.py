@@ -10,12 +10,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_recipes.core.weights import load_weights
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 from lightning_recipes.modules.classifier import NOT_SAVED, Classifier
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.small_cnn import SmallCNN
-from lightning_recipes.modules.weights import load_weights
 
 # Nets that timm does not have, by the name that ``model`` takes.
 NETS = {

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_recipes.core.weights import load_weights
 from lightning_recipes.datamodules import (
     ArrayDataModule,
     CharDataModule,
@@ -29,7 +30,6 @@ from lightning_recipes.modules import (
     TextClassifier,
     harmonic_mean,
 )
-from lightning_recipes.modules.weights import load_weights
 
 DATA = os.environ.get("LIGHTNING_RECIPES_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="LIGHTNING_RECIPES_DATA is not set")
