@@ -23,6 +23,7 @@ from lightning_recipes.callbacks import (
     CutMix,
     ExactResume,
     FreezeOut,
+    Guidance,
     LogitAdjustment,
     Mixup,
     ProgressiveUnfreezing,
@@ -190,6 +191,12 @@ CASES: dict[str, Case] = {
         lambda: [ProjectionHead("identity", discard="fit_end", refit="none")],
         lambda: [ProjectionHead("fixed", kappa=1.0)],
         lambda net, batches, amp: loops.projection_head(net, batches, amp),
+    ),
+    "Guidance": Case(
+        "resnet",
+        lambda: [Guidance(loops.GUIDE, pretrained=False)],
+        lambda: [Guidance(loops.GUIDE, pretrained=False, alpha=0.0)],
+        lambda net, batches, amp: loops.guided(net, batches, amp),
     ),
     # A step of the slow learner; what comes between two tasks is measured by `python -m benchmarks.alignment`.
     "SLCA": Case(

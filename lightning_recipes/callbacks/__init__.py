@@ -13,6 +13,7 @@ from lightning_recipes.callbacks.finetuning.mixing import CutMix, Mixup
 from lightning_recipes.callbacks.finetuning.pre_post_monitor import PrePostMonitor
 from lightning_recipes.callbacks.finetuning.progressive_unfreezing import ProgressiveUnfreezing
 from lightning_recipes.callbacks.finetuning.projection_head import ProjectionHead
+from lightning_recipes.callbacks.regularization.guidance import Guidance
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer
@@ -36,6 +37,7 @@ __all__ = [
     "ExactResume",
     "ForgettingMonitor",
     "FreezeOut",
+    "Guidance",
     "LogitAdjustment",
     "LongTailMonitor",
     "Mixup",

@@ -142,17 +142,6 @@ class Step:
         watch.check(needed=True)
         return Replay(inner.outputs, inner.targets, inner.loss, inner.call, inner.logits)
 
-    @contextmanager
-    def second_pass(self, *, track_statistics: bool = False) -> Iterator[Any]:
-        """The module's own step once more on the same batch, silently; inside stands what taps see of it, and nothing
-        of it is left afterwards. No loss has to be seen, and recipes have no say in it.
-
-        Args:
-            track_statistics: as in :meth:`replay`.
-        """
-        with silent(self.module, track_statistics=track_statistics):
-            yield self._run(self.batch, *self._rest)
-
     def loss_of(self, logits: Tensor) -> Any:
         """The observed loss of other logits of this batch, through the recipes' logit transforms and with the targets
         and weights that the loss had."""
@@ -171,6 +160,17 @@ class Step:
         if share is None:
             raise RecipeError("the loss that the training step returns does not depend on the one that was observed")
         return share
+
+    @contextmanager
+    def second_pass(self, *, track_statistics: bool = False) -> Iterator[Any]:
+        """The module's own step once more on the same batch, silently; inside stands what taps see of it, and nothing
+        of it is left afterwards. No loss has to be seen, and recipes have no say in it.
+
+        Args:
+            track_statistics: as in :meth:`replay`.
+        """
+        with silent(self.module, track_statistics=track_statistics):
+            yield self._run(self.batch, *self._rest)
 
     def generator(self, recipe: StepRecipe, seed: int, stream: str) -> torch.Generator:
         """A CPU generator for a decision that all ranks share, keyed by (seed, epoch, batch, stream, call number)."""

@@ -8,6 +8,7 @@ from lightning_recipes.modules.contrastive import (
     SpectralContrastiveLoss,
     SupConLoss,
 )
+from lightning_recipes.modules.deep_mlp import DeepMLP
 from lightning_recipes.modules.dual_input_output import AugmentBatch, DualInputOutput, UnifiedClassifier
 from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
@@ -24,6 +25,7 @@ __all__ = [
     "CausalLM",
     "CifarResNet",
     "ContrastivePretraining",
+    "DeepMLP",
     "DualInputOutput",
     "FixedReweighting",
     "IdentityHead",

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_recipes.core.weights import load_weights
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 from lightning_recipes.modules.classifier import NOT_SAVED, Classifier
+from lightning_recipes.modules.deep_mlp import DeepMLP
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.small_cnn import SmallCNN
@@ -23,6 +24,7 @@ NETS = {
     "lightweight_cnn": LightweightCNN,
     "cifar_resnet": CifarResNet,
     "preact_resnet18": PreActResNet18,
+    "deep_mlp": DeepMLP,
 }
 
 
@@ -48,8 +50,8 @@ class ImageClassifier(Classifier):
     Logs train/loss and, for val and test, loss, acc and ece; ``predict_step`` returns probabilities (N,num_classes).
 
     Args:
-        model: a timm name, "small_cnn", "lightweight_cnn", "cifar_resnet", "preact_resnet18", or a module that maps
-            images to logits.
+        model: a timm name, "small_cnn", "lightweight_cnn", "cifar_resnet", "preact_resnet18", "deep_mlp", or a module
+            that maps images to logits.
         num_classes: classes.
         in_chans: channels of the images.
         pretrained: download timm's pretrained weights.

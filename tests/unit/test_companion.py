@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from lightning_recipes.core.copies import Companion, fingerprint
+from lightning_recipes.core.companion import Companion, fingerprint
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.weights import part_of_state
 from tests.stock import Classifier, mlp, quiet, same, samples, weights
