@@ -39,7 +39,7 @@ def guidance(**arguments: object) -> Guidance:
 ROWS = [
     Row("guidance", lambda: [guidance()], lambda: [guidance(alpha=0.0)], couples=True),
     Row("guidance_start", lambda: [guidance(guide_steps=5, alpha=0.5)], network=small_vit, couples=True),
-    Row("guidance_noise", lambda: [guidance(**NOISY, second_forward=True)], optimizer="adamw", couples=True),
+    Row("guidance_noise", lambda: [guidance(**NOISY, second_forward=True)], couples=True),
 ]
 MEMBERS = {"Guidance": guidance}
 AUTOMATIC = ["Guidance"]
