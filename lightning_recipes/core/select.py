@@ -150,13 +150,15 @@ def parts_of_types(module: nn.Module, types: Iterable[type[nn.Module]]) -> list[
     """Paths of the parts whose class is one of these and no subclass, in the order in which they are registered.
 
     A layer that an adapter wraps (peft's ``base_layer``) counts by the layer's class, at the adapter's place and with
-    nothing inside it; a parametrized layer by the class that it had before.
+    nothing inside it; one whose class was changed (a parametrized one, one of ``core.sparse``, which says with
+    ``stands_for`` what it was) by the class that it had before.
     """
     wanted, found = tuple(types), []
 
     def look(part: nn.Module, path: str) -> None:
         base = getattr(part, "base_layer", None)
-        if type_before_parametrizations(base if isinstance(base, nn.Module) else part) in wanted:
+        kind = type_before_parametrizations(base if isinstance(base, nn.Module) else part)
+        if vars(kind).get("stands_for", kind) in wanted:
             found.append(path)
             if isinstance(base, nn.Module):
                 return

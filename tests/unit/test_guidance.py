@@ -196,7 +196,7 @@ def test_guided_by_a_copy_of_itself_the_loss_begins_at_0():
 
 
 def test_it_logs_every_pair_their_mean_and_whether_it_guides():
-    run = fit(Classifier(), guidance(), max_steps=1)
+    run = fit(Classifier(), guidance(), max_steps=1, log_every_n_steps=1)
     _, (total,) = by_hand(mlp(), guide_of(), epochs=1, steps=1)
     logged = {k.removeprefix("guidance/"): v.item() for k, v in run.callback_metrics.items() if k.startswith("guid")}
     assert set(logged) == {"loss", "cka_0", "cka_1", "cka_mean", "left_out", "active"}
@@ -209,7 +209,7 @@ def test_a_collapsed_map_is_left_out_of_the_sum_and_the_rest_trains():
     net = mlp()
     nn.init.zeros_(net[2].weight)  # the same output, its bias, for every sample
     module = Classifier(net, lambda parameters: torch.optim.SGD(net[0].parameters(), lr=0.1))
-    run = fit(module, guidance(), max_steps=3)
+    run = fit(module, guidance(), max_steps=3, log_every_n_steps=1)
     assert run.callback_metrics["guidance/left_out"].item() == 1
     assert run.callback_metrics["guidance/cka_1"].item() == 0
     assert run.callback_metrics["guidance/cka_mean"].item() == run.callback_metrics["guidance/cka_0"].item()
@@ -363,7 +363,7 @@ def test_a_recurrent_target_on_token_ids_and_a_hugging_face_guide_with_its_mask(
     batches = [{"input_ids": ids, "attention_mask": mask, "labels": Y[:16]}] * 3
     for arguments in ({}, {"guide_input": "noise"}):
         recipe = Guidance(guide, guide_layers=["encoder.layer.*"], **arguments)
-        run = quiet(callbacks=[recipe])
+        run = quiet(callbacks=[recipe], log_every_n_steps=1)
         run.fit(Recurrent(), torch.utils.data.DataLoader(batches, batch_size=None))
         assert recipe.pairs == [("encoder.layer.0", "rnn[0]")]
         assert 0 < run.callback_metrics["guidance/cka_0"] < 1
@@ -437,3 +437,10 @@ def test_cka_is_noted_by_epoch_and_drawn_at_the_end(tmp_path):
     assert (tmp_path.joinpath(run.log_dir) / "guidance.png").stat().st_size > 1000
     silent = fit(Classifier(), guidance(draw=False), logger=CSVLogger(tmp_path, name="silent"))
     assert not (tmp_path.joinpath(silent.log_dir) / "guidance.png").exists()
+
+
+def test_single_pairs_are_logged_in_the_steps_that_the_trainer_logs():
+    seen = []
+    note = Watch(on_train_batch_end=lambda run, *rest: seen.append("guidance/cka_0" in run.callback_metrics))
+    fit(Classifier(), guidance(), note, epochs=1, log_every_n_steps=3)
+    assert seen == [False, False, True, True]

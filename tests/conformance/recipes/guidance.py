@@ -41,7 +41,7 @@ ROWS = [
     Row("guidance_start", lambda: [guidance(guide_steps=5, alpha=0.5)], network=small_vit, couples=True),
     Row("guidance_noise", lambda: [guidance(**NOISY, second_forward=True)], couples=True),
 ]
-MEMBERS = {"Guidance": guidance}
+MEMBERS = {"Guidance": lambda: guidance(alpha=0.1)}
 AUTOMATIC = ["Guidance"]
 OTHER = {"Guidance": {"alpha": 0.25}}
 
