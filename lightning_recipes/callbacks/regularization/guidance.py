@@ -106,10 +106,10 @@ def noise(u: Tensor, like: Tensor, vocabulary: int = 0) -> Tensor:
 class Guidance(StepRecipe):
     """Pull the layers of a network towards those of a frozen guide, by CKA on every batch.
 
-    Logs ``guidance/loss`` (alpha times the sum), the mean CKA ``guidance/cka_mean``, how many pairs are left out of
-    both, ``guidance/left_out``, and ``guidance/active``; in the steps whose values go to the loggers also
-    ``guidance/cka_k`` of every pair k in the target's order, 0 for one that is left out. At the start the pairs are
-    logged as text (and stand in `pairs`), at the end of a fit CKA over training is drawn, by epoch.
+    Logs ``guidance/loss`` (alpha times the sum), the mean CKA ``guidance/cka_mean`` and ``guidance/active``; in the
+    steps whose values go to the loggers also ``guidance/cka_k`` of every pair k in the target's order (0 for one that
+    is left out) and how many are left out, ``guidance/left_out``. At the start the pairs are logged as text (and stand
+    in `pairs`), at the end of a fit CKA over training is drawn, by epoch.
 
     Give batches of 32 samples or more, better 128: in small ones any two wide maps look alike. The target should
     normalise its activations: CKA does not see that they shrink towards 0, where its gradient drowns the task's.
@@ -386,9 +386,10 @@ class Guidance(StepRecipe):
     def _note(self, step: Step, scores: Tensor, vary: Tensor) -> None:
         shown = torch.where(vary, scores, 0.0)
         mean = shown.sum() / vary.sum().clamp_min(1)
-        step.log(self, {"cka_mean": mean, "left_out": (~vary).sum().float(), "active": 1.0})
+        step.log(self, {"cka_mean": mean, "active": 1.0})
         if step.trainer._logger_connector.should_update_logs:  # each logged value takes the CPU some time
             step.log(self, {f"cka_{k}": value for k, value in enumerate(shown.unbind())})
+            step.log(self, {"left_out": (~vary).sum().float()})
         if rank_and_world()[0] == 0:  # one rank's figures, so that all of them are in a checkpoint
             self._sums = shown if self._sums is None else self._sums.to(shown.device) + shown
             self._passes += 1
