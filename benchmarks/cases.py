@@ -29,6 +29,7 @@ from lightning_recipes.callbacks import (
     ExactResume,
     FreezeOut,
     GradientNoise,
+    Guidance,
     InsertAttention,
     LogitAdjustment,
     Mixup,
@@ -233,6 +234,12 @@ CASES: dict[str, Case] = {
         )
         for mode in ("table", "snapshot")
     },
+    "Guidance": Case(
+        "resnet",
+        lambda: [Guidance(loops.GUIDE, pretrained=False)],
+        lambda: [Guidance(loops.GUIDE, pretrained=False, alpha=0.0)],
+        lambda net, batches, amp: loops.guided(net, batches, amp),
+    ),
     # A step of the slow learner; what comes between two tasks is measured by `python -m benchmarks.alignment`.
     "SLCA": Case(
         "resnet",

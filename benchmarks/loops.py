@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -727,6 +728,53 @@ def class_weighted(net: nn.Module, batches: Batches, amp: Amp = nullcontext, wei
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+# -- regularization --------------------------------------------------------------------------------------------------
+
+GUIDE = "resnet10t"
+
+
+def guided(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None:
+    """The layers of a ResNet pulled towards those of an untrained one, by CKA of their outputs in each batch."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        guide = timm.create_model(GUIDE).eval().to(next(net.parameters()).device)
+    of_net: list[Tensor] = []
+    of_guide: list[Tensor] = []
+    hooks = [
+        part.register_forward_hook(lambda part, args, out, seen=seen: seen.append(out))
+        for model, seen in ((net, of_net), (guide, of_guide))
+        for part in model.modules()
+        if type(part) in (nn.Conv2d, nn.AdaptiveAvgPool2d, nn.Linear)
+    ]
+    optimizer = AdamW(trained(net))
+    net.train()
+    for x, y in batches:
+        of_net.clear()
+        of_guide.clear()
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+            with torch.no_grad():
+                guide(x)
+        last, steps = len(of_net) - 2, len(of_guide) - 2  # the logits are left out
+        pairs = {round(i * last / steps): i for i in range(steps + 1)}
+        for j, i in sorted(pairs.items()):
+            k, l = similarities(of_net[j]), similarities(of_guide[i])  # noqa: E741
+            loss = loss + 1 - (k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for hook in hooks:
+        hook.remove()
+
+
+def similarities(x: Tensor) -> Tensor:
+    """Of samples ``[n, ...]``: products of all two, centred, ``[n, n]``."""
+    x = x.flatten(1).float()
+    x = x - x.mean(0)
+    x = x / x.norm()
+    return x @ x.T
 
 
 # -- continual learning ----------------------------------------------------------------------------------------------

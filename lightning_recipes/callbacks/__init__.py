@@ -17,6 +17,7 @@ from lightning_recipes.callbacks.finetuning.pre_post_monitor import PrePostMonit
 from lightning_recipes.callbacks.finetuning.progressive_unfreezing import ProgressiveUnfreezing
 from lightning_recipes.callbacks.finetuning.projection_head import ProjectionHead
 from lightning_recipes.callbacks.regularization.gradient_noise import GradientNoise
+from lightning_recipes.callbacks.regularization.guidance import Guidance
 from lightning_recipes.callbacks.regularization.normalized_gd import NormalizedGD
 from lightning_recipes.callbacks.regularization.ps_kd import PSKD
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
@@ -46,6 +47,7 @@ __all__ = [
     "ForgettingMonitor",
     "FreezeOut",
     "GradientNoise",
+    "Guidance",
     "InsertAttention",
     "LogitAdjustment",
     "LongTailMonitor",

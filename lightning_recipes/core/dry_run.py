@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -55,31 +56,91 @@ def arguments_of(module: pl.LightningModule, part: nn.Module) -> tuple[tuple[Any
         seen.append((args, kwargs))
         raise _Reached
 
-    example = module.example_input_array
-    batch = a_few_samples(module) if example is None else None
     handle = part.register_forward_pre_hook(stop, with_kwargs=True)
     try:
+        samples = FewSamples(module)
         with eager_and_silent(module):
-            if example is None:
-                batch = module._apply_batch_transfer_handler(batch, device=module.device, dataloader_idx=0)
-                takes_index = _takes_index(module)
-                module.training_step(batch, 0) if takes_index else module.training_step(batch)
-            elif isinstance(example, Mapping):
-                module(**example)
-            else:
-                module(*example) if isinstance(example, (tuple, list)) else module(example)
+            samples.run(samples.first())
     except _Reached:
         return _as_its_weights(part, seen[0])
-    except Exception as error:
-        raise RecipeError(
-            f"the training step failed on {SAMPLES} samples before training ({type(error).__name__}: {error}); a dry"
-            " run learns the shapes: set the module's example_input_array to an example of its forward's input"
-        ) from error
     finally:
         handle.remove()
     raise RecipeError(
         f"the module's step never calls its {type(part).__name__}; name the submodule that maps inputs to logits"
     )
+
+
+class FewSamples:
+    """What a dry run runs on: the module's ``example_input_array`` where it has one, else the first training data.
+
+    Args:
+        module: of a Trainer whose data and network are set up.
+
+    Attributes:
+        count: how many samples there are: the length of the first tensor.
+
+    Raises:
+        RecipeError: when there are no data to look at.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self.is_example = module.example_input_array is not None
+        self._values = module.example_input_array if self.is_example else a_few_samples(module)
+        self.count = len(first) if (first := first_tensor(self._values)) is not None and first.dim() else 0
+
+    def first(self, count: int | None = None) -> Any:
+        """The first so many of them, as the module's step gets a batch; None for all. They come again where there are
+        not as many."""
+        values = self._values
+
+        def cut(value: Tensor) -> Tensor:
+            if not value.dim() or len(value) != self.count:
+                return value
+            return value[torch.arange(count, device=value.device) % self.count]
+
+        if count is not None and self.count:
+            values = apply_to_collection(values, Tensor, cut)
+        if self.is_example:
+            return values
+        with _failures_explained():
+            return self.module._apply_batch_transfer_handler(values, device=self.module.device, dataloader_idx=0)
+
+    def run(self, values: Any) -> Any:
+        """Run the module on what :meth:`first` gave: its forward on an example, else its training step.
+
+        Raises:
+            RecipeError: when it fails.
+        """
+        module = self.module
+        with _failures_explained():
+            if not self.is_example:
+                return module.training_step(values, 0) if _takes_index(module) else module.training_step(values)
+            if isinstance(values, Mapping):
+                return module(**values)
+            return module(*values) if isinstance(values, (tuple, list)) else module(values)
+
+
+@contextmanager
+def _failures_explained() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise RecipeError(
+            f"the training step failed on {SAMPLES} samples before training ({type(error).__name__}: {error}); a dry"
+            " run learns the shapes: set the module's example_input_array to an example of its forward's input"
+        ) from error
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor in a batch or an example, None where there is none."""
+    if isinstance(values, Tensor):
+        return values
+    if hasattr(values, "keys"):
+        values = [values[key] for key in values]
+    if isinstance(values, (tuple, list)):
+        return next((found for each in values if (found := first_tensor(each)) is not None), None)
+    return None
 
 
 def a_few_samples(module: pl.LightningModule) -> Any:

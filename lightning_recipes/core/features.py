@@ -6,14 +6,17 @@ never fires) and stays for the whole fit; nothing is copied, the tapped tensor i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_recipes.core import select
 from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.silence import left_alone
 
 Side = Literal["input", "output"]
 Pool = Literal["cls", "mean", "avg", "last"]
@@ -33,6 +36,8 @@ class Taps:
         module: any module.
         points: by the caller's own name, (dotted path in `module`, 'input' or 'output'). A part's input is its first
             positional argument.
+        training: keep what the module's own training pass computed and nothing else: nothing of passes without
+            gradients (a validation), and nothing of silent ones (a replay in the step, a probe).
 
     Attributes:
         values: what the parts of the last call saw or gave, by name; the tensor of an output that holds several is the
@@ -42,16 +47,18 @@ class Taps:
         RecipeError: for a path that is no part of the module; lists those near it.
     """
 
-    def __init__(self, module: nn.Module, points: Mapping[str, tuple[str, Side]]) -> None:
-        self.points = dict(points)
+    def __init__(self, module: nn.Module, points: Mapping[str, tuple[str, Side]], *, training: bool = False) -> None:
+        self.points, self.training = dict(points), training
         self.values: dict[str, Any] = {}
         self._parts = {name: part_of(module, path) for name, (path, _) in self.points.items()}
         self._handles: list[Any] = []
 
     def open(self) -> Taps:
         """Put the hooks on."""
+        if self.training and not self._handles:
+            self._let_go = left_alone(self.values)
         for name, (_, side) in self.points.items():
-            part, keep = self._parts[name], _Keep(self.values, name)
+            part, keep = self._parts[name], _Keep(self.values, name, self.training)
             if side == "input":
                 handle = part.register_forward_pre_hook(keep.input, with_kwargs=True)
             else:
@@ -61,9 +68,17 @@ class Taps:
 
     def close(self) -> None:
         """Take the hooks off and let go of the values."""
+        if self.training and self._handles:
+            self._let_go()
         while self._handles:
             self._handles.pop().remove()
         self.values.clear()
+
+    def take(self) -> dict[str, Any]:
+        """What the parts of the last call saw or gave, by name in the order of the calls, and let go of it."""
+        values = dict(self.values)
+        self.values.clear()
+        return values
 
     def install(self, undo: ExitStack) -> None:
         """Tap for the length of a fit."""
@@ -146,8 +161,8 @@ class _Edit:
 class _Keep:
     """Writes into a table; a copy of it, in a copied or pickled module, writes nowhere."""
 
-    def __init__(self, values: dict[str, Any], name: str) -> None:
-        self.values, self.name = values, name
+    def __init__(self, values: dict[str, Any], name: str, graph_only: bool = False) -> None:
+        self.values, self.name, self.graph_only = values, name, graph_only
         self.input, self.output = _Input(self), _Output(self)
 
 
@@ -156,6 +171,8 @@ class _Input:
         self.keep = keep
 
     def __call__(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.keep.graph_only and not torch.is_grad_enabled():
+            return
         self.keep.values[self.keep.name] = args[0] if args else next(iter(kwargs.values()), None)
 
     def __reduce__(self) -> Any:
@@ -167,6 +184,8 @@ class _Output:
         self.keep = keep
 
     def __call__(self, part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.keep.graph_only and not torch.is_grad_enabled():
+            return
         self.keep.values[self.keep.name] = output
 
     def __reduce__(self) -> Any:
@@ -336,6 +355,87 @@ def _last_of_block(module: nn.Module, path: str, names: Sequence[str]) -> str:
             break
         last = i
     return f"{parent_path}.{children[last][0]}" if parent_path else children[last][0]
+
+
+# -- maps in order ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Map:
+    """One tensor that a part of a network gives, of which one axis is the batch's.
+
+    Attributes:
+        path: of the part.
+        element: its place in a tuple that the part gives; None where it gives the tensor alone.
+        axis: the batch's.
+    """
+
+    path: str
+    element: int | None
+    axis: int
+
+    @property
+    def name(self) -> str:
+        """The path, with the place in a tuple."""
+        return self.path if self.element is None else f"{self.path}[{self.element}]"
+
+    def of(self, values: Mapping[str, Any]) -> Tensor:
+        """The map in what taps by path saw, ``[n, ...]``: the batch first.
+
+        Raises:
+            RecipeError: when the part was not called, or gave something else than it did.
+        """
+        if self.path not in values:
+            raise RecipeError(f"{self.path} was not called in this pass, and it was in the dry run before training")
+        found = dict(_tensors_in(None, values[self.path])).get(self.element)
+        if found is None or found.dim() <= self.axis:
+            raise RecipeError(f"{self.path} gave {_describe(values[self.path])}, and in the dry run something else")
+        return found.movedim(self.axis, 0)
+
+
+def maps_in_order(
+    module: nn.Module, paths: Iterable[str], run: Callable[[int], Any], count: int, *, training: bool = False
+) -> list[Map]:
+    """The maps that parts of a network give, in the order in which they are first called.
+
+    The network runs twice, on `count` samples and on one less: the batch's axis is the one that follows. What has none,
+    or two (similarities of samples), or has it merged into another (tokens of all samples in one axis) is no map. A
+    recurrent layer's final state is none either, and an integer tensor.
+
+    Args:
+        paths: of the parts.
+        run: runs the network on so many samples.
+        count: samples, 2 or more.
+        training: as for :class:`Taps`.
+    """
+    shapes = []
+    for n in (count, count - 1):
+        with Taps(module, {path: (path, "output") for path in paths}, training=training) as taps:
+            run(n)
+            shapes.append(
+                {
+                    (path, element): tuple(tensor.shape)
+                    for path, value in taps.values.items()
+                    for element, tensor in _tensors_in(part_of(module, path), value)
+                }
+            )
+    found = []
+    for (path, element), more in shapes[0].items():
+        fewer = shapes[1].get((path, element), ())
+        axes = [axis for axis, sizes in enumerate(zip(more, fewer)) if sizes[0] != sizes[1]]
+        if len(more) == len(fewer) and len(axes) == 1 and more[axes[0]] == count and fewer[axes[0]] == count - 1:
+            found.append(Map(path, element, axes[0]))
+    return found
+
+
+def _tensors_in(part: nn.Module | None, value: Any) -> list[tuple[int | None, Tensor]]:
+    if isinstance(value, (tuple, list)):
+        without_state = value[:-1] if isinstance(part, nn.RNNBase) else value
+        return [
+            (i, each) for i, each in enumerate(without_state) if isinstance(each, Tensor) and each.is_floating_point()
+        ]
+    tensor = tensor_in(value)
+    return [] if tensor is None or not tensor.is_floating_point() else [(None, tensor)]
 
 
 # -- one vector a sample ---------------------------------------------------------------------------------------------

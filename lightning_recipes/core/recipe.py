@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -202,4 +203,6 @@ def plain(value: Any) -> Any:
             "class": type(value).__name__,
             **{f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init},
         }
+    if isinstance(value, (FunctionType, BuiltinFunctionType)):  # its repr holds an address
+        return f"{value.__module__}.{value.__qualname__}"
     return repr(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -10,6 +11,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_recipes.core.errors import RecipeError
 
@@ -172,6 +174,56 @@ def parts_under(module: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
     look(module, "")
     return found
+
+
+def parts_of_types(module: nn.Module, types: Iterable[type[nn.Module]]) -> list[str]:
+    """Paths of the parts whose class is one of these and no subclass, in the order in which they are registered.
+
+    A layer that an adapter wraps (peft's ``base_layer``) counts by the layer's class, at the adapter's place and with
+    nothing inside it; one whose class was changed (a parametrized one, one of ``core.sparse``, which says with
+    ``stands_for`` what it was) by the class that it had before.
+    """
+    wanted, found = tuple(types), []
+
+    def look(part: nn.Module, path: str) -> None:
+        base = getattr(part, "base_layer", None)
+        kind = type_before_parametrizations(base if isinstance(base, nn.Module) else part)
+        if vars(kind).get("stands_for", kind) in wanted:
+            found.append(path)
+            if isinstance(base, nn.Module):
+                return
+        for name, child in part.named_children():
+            look(child, _join(path, name))
+
+    look(module, "")
+    return [path for path in found if path]
+
+
+def parts_named(module: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:
+    """Paths of the parts of these names, in which `*` stands for any one name between dots (``blocks.*.attn``).
+
+    A name counts from the LightningModule, or else from the network inside it.
+
+    Raises:
+        RecipeError: for a pattern that matches nothing; lists names close to it.
+    """
+    everything = [name for name, _ in module.named_modules() if name]
+    root, _ = network(module)
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [n for n in everything if _is_named(n, pattern)]
+        hits = hits or [n for n in everything if _is_named(n, _join(root, pattern))]
+        if not hits:
+            near = difflib.get_close_matches(_join(root, pattern), everything, 5)
+            listed = f"near it are {near}" if near else f"its parts are {[n for n in everything if n.count('.') < 2]}"
+            raise RecipeError(f"{argument}: {pattern!r} is no part of {type(module).__name__}; {listed}")
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    names, patterns = name.split("."), pattern.split(".")
+    return len(names) == len(patterns) and all(map(fnmatch.fnmatchcase, names, patterns))
 
 
 def parameters_under(module: nn.Module, patterns: Sequence[str], argument: str) -> list[str]:

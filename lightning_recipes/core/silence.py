@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,13 @@ from torchmetrics import Metric
 
 from lightning_recipes.core.random import forked
 
+_TABLES: list[dict[Any, Any]] = []
+
 
 @contextmanager
 def silent(module: pl.LightningModule, *, track_statistics: bool = False) -> Iterator[None]:
-    """Nothing is logged; metric states, buffers, batch-norm statistics and the random state end as they began.
+    """Nothing is logged; metric states, buffers, batch-norm statistics, tables of :func:`left_alone` and the random
+    state end as they began.
 
     Python side effects of a step (a counter, a queue) cannot be undone.
 
@@ -27,6 +30,7 @@ def silent(module: pl.LightningModule, *, track_statistics: bool = False) -> Ite
     """
     undo: list[tuple[Any, dict[str, Any]]] = []
     norms = []
+    tables = [(table, dict(table)) for table in _TABLES]
     for part in module.modules():
         if isinstance(part, Metric):
             undo.append((part, _detach_metric(part)))
@@ -50,11 +54,23 @@ def silent(module: pl.LightningModule, *, track_statistics: bool = False) -> Ite
             norm.track_running_stats = True
         for part, attributes in undo:
             part.__dict__.update(attributes)
+        for table, held in tables:
+            table.clear()
+            table.update(held)
         for name, stood_before in muted.items():
             if stood_before is None:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = stood_before
+
+
+def left_alone(table: dict[Any, Any]) -> Callable[[], None]:
+    """Have every silent piece of work leave a table as it was; returns what ends that.
+
+    For what hooks write down of the module's own step, and must not of a replay.
+    """
+    _TABLES.append(table)
+    return lambda: _TABLES.__delitem__(next(i for i, each in enumerate(_TABLES) if each is table))
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:

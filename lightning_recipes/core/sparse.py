@@ -172,6 +172,7 @@ def _partly(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A layer's class with those of its parameters read through their leaves; it goes by the same name."""
     readers = {name: property(lambda self, name=name: self._leaf(name).read()) for name in names}
     about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    about["stands_for"] = kind
     return type(kind.__name__, (_Partly, kind), {**about, **readers})
 
 

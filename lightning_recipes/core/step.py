@@ -215,6 +215,17 @@ class Step:
             raise RecipeError("the loss that the training step returns does not depend on the one that was observed")
         return share
 
+    @contextmanager
+    def second_pass(self, *, track_statistics: bool = False) -> Iterator[Any]:
+        """The module's own step once more on the same batch, silently; inside stands what taps see of it, and nothing
+        of it is left afterwards. No loss has to be seen, and recipes have no say in it.
+
+        Args:
+            track_statistics: as in :meth:`replay`.
+        """
+        with silent(self.module, track_statistics=track_statistics):
+            yield self._run(self.batch, *self._rest)
+
     def generator(self, recipe: StepRecipe, seed: int, stream: str) -> torch.Generator:
         """A CPU generator for a decision that all ranks share, keyed by (seed, epoch, batch, stream, call number)."""
         return random.generator(*self._key(recipe, seed, stream))

@@ -10,6 +10,7 @@ from lightning_recipes.modules.contrastive import (
     SpectralContrastiveLoss,
     SupConLoss,
 )
+from lightning_recipes.modules.deep_mlp import DeepMLP
 from lightning_recipes.modules.drop_block import DropBlock2d
 from lightning_recipes.modules.dual_input_output import AugmentBatch, DualInputOutput, UnifiedClassifier
 from lightning_recipes.modules.image_classifier import ImageClassifier
@@ -34,6 +35,7 @@ __all__ = [
     "CifarResNet",
     "ContrastivePretraining",
     "CoordinateAttention",
+    "DeepMLP",
     "DropBlock2d",
     "DualInputOutput",
     "FixedReweighting",

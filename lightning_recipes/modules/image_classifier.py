@@ -10,13 +10,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_recipes.core.weights import load_weights
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 from lightning_recipes.modules.classifier import NOT_SAVED, Classifier
+from lightning_recipes.modules.deep_mlp import DeepMLP
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.small_cnn import SmallCNN
-from lightning_recipes.modules.weights import load_weights
 
 # Nets that timm does not have, by the name that ``model`` takes.
 NETS = {
@@ -25,6 +26,7 @@ NETS = {
     "cifar_resnet": CifarResNet,
     "mlp": MLP,
     "preact_resnet18": PreActResNet18,
+    "deep_mlp": DeepMLP,
 }
 
 
@@ -50,8 +52,8 @@ class ImageClassifier(Classifier):
     Logs train/loss and, for val and test, loss, acc and ece; ``predict_step`` returns probabilities (N,num_classes).
 
     Args:
-        model: a timm name, "small_cnn", "lightweight_cnn", "cifar_resnet", "mlp", "preact_resnet18", or a module that
-            maps images to logits.
+        model: a timm name, "small_cnn", "lightweight_cnn", "cifar_resnet", "mlp", "deep_mlp", "preact_resnet18", or a
+            module that maps images to logits.
         num_classes: classes.
         in_chans: channels of the images.
         pretrained: download timm's pretrained weights.

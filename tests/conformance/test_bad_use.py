@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -165,7 +166,8 @@ def a_callback(wrong: str, says: str, name: str, **arguments: Any) -> Slip:
 
 def misspelt(name: str) -> Slip:
     """One letter too many in a recipe's first argument; a recipe without any is given one."""
-    right = next(iter(getattr(callbacks, name)().arguments), None)
+    taken = list(inspect.signature(getattr(callbacks, name)).parameters.values())
+    right = next((each.name for each in taken if each.kind == each.POSITIONAL_OR_KEYWORD), None)
     slip = f"{right or 'rank'}s"
     says = f"{name}.*'{slip}' is not accepted" + (f".*did you mean {right}\\?" if right else "")
     return a_callback(f"a misspelt argument of {name}", says, name, **{slip: 1})

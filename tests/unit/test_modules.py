@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_recipes.core.weights import load_weights
 from lightning_recipes.datamodules import (
     ArrayDataModule,
     CharDataModule,
@@ -25,13 +26,13 @@ from lightning_recipes.modules import (
     BaseToNovelAccuracy,
     CausalLM,
     CifarResNet,
+    DeepMLP,
     ImageClassifier,
     SmallCNN,
     TextClassifier,
     aurc,
     harmonic_mean,
 )
-from lightning_recipes.modules.weights import load_weights
 
 DATA = os.environ.get("LIGHTNING_RECIPES_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="LIGHTNING_RECIPES_DATA is not set")
@@ -292,7 +293,7 @@ def test_weights_for_new_classes(tmp_path):
     [
         (
             {"model": "resnet51"},
-            r"model='resnet51': must be one of small_cnn, lightweight_cnn, .*, preact_resnet18 or a name in timm",
+            r"model='resnet51': must be one of small_cnn, lightweight_cnn, .*, deep_mlp or a name in timm",
         ),
         ({"num_classes": 1}, r"num_classes=1: must be at least 2"),
         ({"lr_interval": "batch"}, r"lr_interval='batch': must be 'epoch' or 'step'"),
@@ -445,3 +446,19 @@ def test_checkpoint_written_by_the_cli_is_read(tmp_path):
     again = ImageClassifier.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert torch.equal(again.net.head.weight, result.model.net.head.weight)
     cli("test", f"--config={CONFIGS}/digits_cnn.yaml", f"--ckpt_path={tmp_path}/a.ckpt", *FEW_STEPS)
+
+
+def test_deep_mlp_has_the_layers_that_are_asked_for():
+    net = DeepMLP(num_classes=5, in_chans=3, image_size=4, widths=[8, 6], dropout=0.2)
+    names = ["Flatten", *["Linear", "BatchNorm1d", "ReLU", "Dropout"] * 2, "Linear"]
+    assert [type(part).__name__ for part in net] == names
+    assert [(part.in_features, part.out_features) for part in net if isinstance(part, nn.Linear)] == [
+        (48, 8),
+        (8, 6),
+        (6, 5),
+    ]
+    assert net(torch.rand(2, 3, 4, 4)).shape == (2, 5)
+    assert sum(isinstance(part, nn.Linear) for part in DeepMLP()) == 25
+    assert not any(isinstance(part, nn.Dropout) for part in DeepMLP(dropout=0))
+    with pytest.raises(ValueError, match=r"widths=\[8, 0\]: must hold a positive width"):
+        DeepMLP(widths=[8, 0])
