@@ -71,7 +71,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Returns 0 also where a claim does not show, which is a result; 1 where an experiment lacks its data."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claims", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(EXPERIMENTS)}; all if none is given")
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs of every arm; default: as many as the tests take")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="runs of every arm; default: as many as each experiment says"
+    )
     parser.add_argument("--output", type=Path, default=EVIDENCE, metavar="FILE", help="default: %(default)s")
     parsed = parser.parse_args(args)
     by_lower = {name.lower(): name for name in EXPERIMENTS}

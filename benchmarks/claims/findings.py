@@ -19,7 +19,7 @@ class Experiment(Protocol):
         RECIPE: class name of the recipe.
         CLAIM: what the paper promises, one sentence.
         SETTING: data, network and training, one line.
-        SEEDS: the fewest seeds over which the margins are safe.
+        SEEDS: over how many the evidence is measured; a test that would take long has fewer.
         ARMS: arguments of ``run`` by name of the arm.
     """
 

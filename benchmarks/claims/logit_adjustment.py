@@ -23,12 +23,13 @@ SEEDS = 5
 ARMS: dict[str, dict[str, Any]] = {"without": {"tau": 0.0}, "tau 1": {"tau": 1.0}}
 
 
-@torch.no_grad()
 def by_frequency(seed: int, tau: float) -> Tensor:
     """Accuracy within each class, from the most to the least frequent one, ``[10]``."""
     _, held_out, order = split(seed)
     x, y = digits()
-    right = member(seed, seed % 3, 0, tau=tau)(x.flatten(1)[held_out]).argmax(1) == y[held_out]
+    net = member(seed, seed % 3, 0, tau=tau)
+    with torch.no_grad():
+        right = net(x.flatten(1)[held_out]).argmax(1) == y[held_out]
     return torch.stack([right[y[held_out] == c].float().mean() for c in order.tolist()])
 
 

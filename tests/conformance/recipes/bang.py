@@ -95,7 +95,7 @@ def of_both(recipe: Callable[..., Any]) -> list[Misuse]:
         ),
         misuse(
             "a reference of an unknown kind",
-            r"reference='\S+' must be a \.safetensors, \.pt, \.pth or \.ckpt file",
+            r"reference='.+' must be a \.safetensors, \.pt, \.pth or \.ckpt file",
             lambda: [recipe(reference=__file__)],
         ),
         misuse(
