@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -150,3 +150,44 @@ class DataModule(LightningDataModule):
             collate_fn=self.collate,
             **kwargs,
         )
+
+
+class Derived(DataModule):
+    """Samples of another data module of this package, chosen or labelled anew; its splits, transforms and collation.
+
+    A subclass fills the three sets in :meth:`derive`. The other's own loaders are not used.
+
+    Args:
+        data: the data module to take samples from.
+        **kwargs: those of `DataModule`.
+    """
+
+    needs: ClassVar[Sequence[str]] = ("train_set",)
+    """Sets of ``data`` that must be there."""
+
+    def __init__(self, data: LightningDataModule, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        require(isinstance(data, DataModule), "data", data, "a data module of lightning_recipes.datamodules")
+        self.data = data
+
+    def plain(self, dataset: Any) -> Any:
+        return self.data.plain(dataset)
+
+    def prepare_data(self) -> None:
+        self.data.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set is not None:
+            return
+        self.data.setup(stage)
+        for name in ("train_set", "val_set", "test_set"):
+            there = getattr(self.data, name)
+            labelled = hasattr(there, "labels") and hasattr(there, "select")
+            if not labelled and (there is not None or name in self.needs):
+                raise ValueError(f"data={type(self.data).__name__}: has no labelled {name}")
+        self.class_names, self.collate = self.data.class_names, self.data.collate
+        self.derive()
+
+    def derive(self) -> None:
+        """Fill ``train_set``, ``val_set`` and ``test_set`` from those of ``data``, which is set up; runs once."""
+        raise NotImplementedError(f"{type(self).__name__} must define derive()")

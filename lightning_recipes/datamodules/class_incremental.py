@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_recipes.core.tasks import Tasks, cut, up_to
-from lightning_recipes.datamodules.base import DataModule, require
+from lightning_recipes.datamodules.base import Derived, require
 from lightning_recipes.datamodules.splits import keyed_permutation
 
 
-class ClassIncrementalDataModule(DataModule):
+class ClassIncrementalDataModule(Derived):
     """Trains on the classes of one task, evaluates on those of all tasks so far. Labels stay those of ``data``.
 
     Setting ``task`` moves on; a recipe such as `SLCA` does it at every boundary, and so may a loop of your own:
@@ -50,8 +50,7 @@ class ClassIncrementalDataModule(DataModule):
         task: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        require(isinstance(data, DataModule), "data", data, "a data module of lightning_recipes.datamodules")
+        super().__init__(data, **kwargs)
         if (tasks is None) == (classes_per_task is None):
             raise ValueError(f"tasks={tasks!r}, classes_per_task={classes_per_task!r}: give one of them")
         require(not isinstance(tasks, int) or tasks >= 1, "tasks", tasks, "at least 1")
@@ -65,7 +64,6 @@ class ClassIncrementalDataModule(DataModule):
         require(evaluate in ("per_task", "together"), "evaluate", evaluate, "'per_task' or 'together'")
         require(validate_on in ("val", "test"), "validate_on", validate_on, "'val' or 'test'")
         require(task >= 0, "task", task, "an integer of at least 0")
-        self.data = data
         self.tasks = tasks
         self.classes_per_task = classes_per_task
         self.first = first
@@ -100,25 +98,9 @@ class ClassIncrementalDataModule(DataModule):
         """Labels of the training samples of all tasks, int64 ``[n]``."""
         return self.data.train_set.labels
 
-    def plain(self, dataset: Any) -> Any:
-        return self.data.plain(dataset)
-
     # -- set-up ------------------------------------------------------------------------------------------------------
 
-    def prepare_data(self) -> None:
-        self.data.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.task_classes:
-            return
-        self.data.setup(stage)
-        for name in ("train_set", "val_set", "test_set"):
-            chosen = getattr(self.data, name)
-            missing = chosen is None and name == "train_set"
-            if missing or (chosen is not None and not (hasattr(chosen, "select") and hasattr(chosen, "labels"))):
-                raise ValueError(f"data={type(self.data).__name__}: has no labelled {name}")
-        self.class_names = self.data.class_names
-        self.collate = self.data.collate
+    def derive(self) -> None:
         self.task_classes = self._cut()
         self.task = self._task
 

@@ -8,11 +8,11 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lightning_recipes.datamodules.base import DataModule, require
+from lightning_recipes.datamodules.base import Derived, require
 from lightning_recipes.datamodules.splits import few_shots
 
 
-class FewShotDataModule(DataModule):
+class FewShotDataModule(Derived):
     """Trains on a few images of the first half of the classes, tests on all test images of both halves.
 
     The classes 0 to ceil(C/2) - 1 are base, the rest novel; labels stay those of ``data``. There are two test loaders,
@@ -27,12 +27,12 @@ class FewShotDataModule(DataModule):
         **kwargs: those of `DataModule`: batch_size, num_workers, seed, ... ; ``seed`` chooses the shots.
     """
 
+    needs = ("train_set", "test_set")
+
     def __init__(self, data: LightningDataModule, shots: int = 16, val_shots: int | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        require(isinstance(data, DataModule), "data", data, "a data module of lightning_recipes.datamodules")
+        super().__init__(data, **kwargs)
         require(shots >= 1, "shots", shots, "an integer of at least 1")
         require(val_shots is None or val_shots >= 0, "val_shots", val_shots, "None or an integer of at least 0")
-        self.data = data
         self.shots = shots
         self.val_shots = min(shots, 4) if val_shots is None else val_shots
         self.base_set: Any = None
@@ -43,23 +43,8 @@ class FewShotDataModule(DataModule):
         """Number of base classes, ceil(C/2)."""
         return -(-self.num_classes // 2)
 
-    def plain(self, dataset: Any) -> Any:
-        return self.data.plain(dataset)
-
-    def prepare_data(self) -> None:
-        self.data.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_set is not None:
-            return
-        self.data.setup(stage)
-        for needed in ("train_set", "test_set"):
-            chosen = getattr(self.data, needed)
-            if chosen is None or not hasattr(chosen, "select"):
-                raise ValueError(f"data={type(self.data).__name__}: has no labelled {needed}")
+    def derive(self) -> None:
         require(self.data.num_classes >= 2, "data", f"{self.data.num_classes} class(es)", "of at least two classes")
-        self.class_names = self.data.class_names
-        self.collate = self.data.collate
         base = range(self.num_base)
 
         def pick(dataset: Any, shots: int) -> Any:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from lightning_recipes.datamodules.base import DataModule, require
+from lightning_recipes.datamodules.base import Derived, require
 from lightning_recipes.datamodules.splits import keyed_permutation, long_tail
 
 
@@ -24,7 +24,7 @@ def exponential_profile(largest: float, classes: int, imbalance_ratio: float) ->
     return np.maximum(np.floor(largest * imbalance_ratio**-exponents + 1e-6), 1).astype(int)
 
 
-class LongTailedDataModule(DataModule):
+class LongTailedDataModule(Derived):
     """Trains on an exponentially long-tailed part of another data module's training set; validates and tests on all.
 
     Args:
@@ -46,13 +46,11 @@ class LongTailedDataModule(DataModule):
         class_order: Literal["label", "random"] | Sequence[int] = "label",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        require(isinstance(data, DataModule), "data", data, "a data module of lightning_recipes.datamodules")
+        super().__init__(data, **kwargs)
         require(imbalance_ratio >= 1, "imbalance_ratio", imbalance_ratio, "at least 1")
         require(largest is None or largest >= 1, "largest", largest, "None or an integer of at least 1")
         named = not isinstance(class_order, str) or class_order in ("label", "random")
         require(named, "class_order", class_order, "'label', 'random' or a list of all labels")
-        self.data = data
         self.imbalance_ratio = imbalance_ratio
         self.largest = largest
         self.class_order = class_order
@@ -64,21 +62,8 @@ class LongTailedDataModule(DataModule):
             raise RuntimeError(f"{type(self).__name__}: class_counts is known after setup()")
         return torch.bincount(self.train_set.labels, minlength=self.num_classes)
 
-    def plain(self, dataset: Any) -> Any:
-        return self.data.plain(dataset)
-
-    def prepare_data(self) -> None:
-        self.data.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_set is not None:
-            return
-        self.data.setup(stage)
+    def derive(self) -> None:
         source = self.data.train_set
-        if source is None or not hasattr(source, "select"):
-            raise ValueError(f"data={type(self.data).__name__}: has no labelled train_set")
-        self.class_names = self.data.class_names
-        self.collate = self.data.collate
         self.val_set, self.test_set = self.data.val_set, self.data.test_set
         order = self._order()
         there = np.bincount(source.labels.numpy(), minlength=self.num_classes)[order]

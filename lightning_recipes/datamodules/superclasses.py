@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lightning_recipes.datamodules.base import DataModule, require
+from lightning_recipes.datamodules.base import Derived, require
 
 
-class SuperclassDataModule(DataModule):
+class SuperclassDataModule(Derived):
     """Labels every sample by the super-class of its class.
 
     The sets keep the classes in an attribute ``fine`` ``[n]``, for ``PrePostMonitor(labels="fine")``.
@@ -27,39 +27,26 @@ class SuperclassDataModule(DataModule):
     def __init__(
         self, data: LightningDataModule, superclasses: Sequence[int], names: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
-        require(isinstance(data, DataModule), "data", data, "a data module of lightning_recipes.datamodules")
+        super().__init__(data, **kwargs)
         count = len(set(superclasses))
         whole = count > 1 and set(superclasses) == set(range(count))
         require(whole, "superclasses", list(superclasses), "numbers from 0 to at least 1, none left out")
         require(names is None or len(names) == count, "names", names, f"None or {count} names")
-        self.data, self.superclasses, self.names = data, superclasses, names
+        self.superclasses, self.names = superclasses, names
 
-    def prepare_data(self) -> None:
-        self.data.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_set is not None:
-            return
-        self.data.setup(stage)
+    def derive(self) -> None:
         classes = self.data.num_classes
         require(
             len(self.superclasses) == classes, "superclasses", len(self.superclasses), f"one of each {classes} classes"
         )
         self.class_names = range(len(set(self.superclasses))) if self.names is None else self.names
-        self.collate = self.data.collate
         self.train_set, self.val_set, self.test_set = (
             self._coarse(each) for each in (self.data.train_set, self.data.val_set, self.data.test_set)
         )
 
-    def plain(self, dataset: Any) -> Any:
-        return self.data.plain(dataset)
-
     def _coarse(self, dataset: Any) -> Any:
         if dataset is None:
             return None
-        if not isinstance(getattr(dataset, "labels", None), torch.Tensor):
-            raise ValueError(f"data={type(self.data).__name__}: its {type(dataset).__name__} has no labels to replace")
         dataset = copy.copy(dataset)
         dataset.fine, dataset.labels = dataset.labels, torch.tensor(list(self.superclasses))[dataset.labels]
         return dataset

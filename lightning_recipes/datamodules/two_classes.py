@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lightning_recipes.datamodules.base import DataModule, require
+from lightning_recipes.datamodules.base import Derived, require
 from lightning_recipes.datamodules.splits import keyed_permutation
 
 
-class TwoClassDataModule(DataModule):
+class TwoClassDataModule(Derived):
     """Tells two classes of another data module apart; labels are 0 and 1.
 
     Args:
@@ -29,32 +29,18 @@ class TwoClassDataModule(DataModule):
         samples: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        require(isinstance(data, DataModule), "data", data, "a data module of lightning_recipes.datamodules")
+        super().__init__(data, **kwargs)
         two = len(classes) == 2 and classes[0] != classes[1]
         require(two, "classes", classes, "two different labels")
         some = samples is None or (len(samples) == 2 and min(samples) >= 1)
         require(some, "samples", samples, "None or two numbers of at least 1")
-        self.data, self.classes, self.samples = data, classes, samples
+        self.classes, self.samples = classes, samples
 
-    def plain(self, dataset: Any) -> Any:
-        return self.data.plain(dataset)
-
-    def prepare_data(self) -> None:
-        self.data.prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        if self.train_set is not None:
-            return
-        self.data.setup(stage)
-        source = self.data.train_set
-        if source is None or not hasattr(source, "select"):
-            raise ValueError(f"data={type(self.data).__name__}: has no labelled train_set")
+    def derive(self) -> None:
         count = self.data.num_classes
         require(min(self.classes) >= 0 and max(self.classes) < count, "classes", self.classes, f"labels below {count}")
         self.class_names = [self.data.class_names[c] for c in self.classes]
-        self.collate = self.data.collate
-        self.train_set = self._two(source, self.samples)
+        self.train_set = self._two(self.data.train_set, self.samples)
         self.val_set, self.test_set = (
             None if each is None else self._two(each) for each in (self.data.val_set, self.data.test_set)
         )
