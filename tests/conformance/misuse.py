@@ -18,6 +18,8 @@ from torch.optim import SGD
 
 from lightning_recipes.core.adapters import AdapterRecipe
 from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.phases import Phase, PhasePlan
+from lightning_recipes.core.recipe import Recipe
 from tests.attention import D
 from tests.stock import Classifier, loader, mlp, quiet, samples
 
@@ -313,6 +315,54 @@ def _first(row: Row) -> str:
 
 def _cannot_attach(row: Row) -> str:
     return f"{row.name} on a module that it cannot attach to"
+
+
+class InPhases(Recipe):
+    """Stands for a recipe that shows other data in every phase."""
+
+    def declare(self, plan: Any) -> None:
+        plan.phases(PhasePlan([Phase("first", 1), Phase("second", 1)], lambda phase: None))
+
+
+def of_class_counts(make: Callable[[], Recipe], instead: str) -> list[Misuse]:
+    """What every recipe refuses that counts the classes of the training set; `instead` is what one can give it."""
+    recipe = lambda: [make()]  # noqa: E731
+    bad = functools.partial(Misuse, type(make()).__name__, callbacks=recipe)
+    loss = r"needs a classification loss of logits \[n, classes\]; the observed one is "
+    return [
+        bad(
+            "data that are no data set",
+            rf"the training data \(list\) are no one data set that is read by index; give {instead}",
+            data=lambda: [*loader(X, Y)],
+        ),
+        bad(
+            "soft labels in the data set",
+            r"the labels of the training set must be class indices, .* got float32 of shape \(16, 3\); give",
+            data=lambda: loader(X, F.one_hot(Y, 3).float()),
+        ),
+        bad("a regression", loss + r"mse_loss of \(4, 3\)", module=Regression, in_step=True),
+        bad(
+            "several labels a sample",
+            loss + r"binary_cross_entropy_with_logits of \(4, 3\)",
+            module=MultiLabel,
+            in_step=True,
+        ),
+        bad("two losses", r"computes 2 losses .*choose with criterion=INDEX", module=TwoLosses, in_step=True),
+        bad("a loss of the module's own", "no loss was seen .*criterion=", module=Hidden, in_step=True),
+        bad(
+            "data that come in phases",
+            f"the training data may change from phase to phase, and the classes that are counted .*; give {instead}",
+            callbacks=lambda: [make(), InPhases()],
+            trainer={"max_epochs": 2},
+        ),
+        bad(
+            "a resume with another training set",
+            r"samples a class are \[6, 6, 4\] here and were \[6, 5, 5\]\. Resume with the data of the checkpoint",
+            data=lambda: loader(X, torch.cat([Y[:14], torch.tensor([0, 1])])),
+            checkpoint=saved(Classifier, recipe),
+            loads=True,
+        ),
+    ]
 
 
 def of_adapters(recipe: type[AdapterRecipe], **usual: Any) -> list[Misuse]:

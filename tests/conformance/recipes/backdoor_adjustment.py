@@ -23,22 +23,17 @@ from lightning_recipes.callbacks import (
     LongTailMonitor,
 )
 from lightning_recipes.callbacks.robustness.cosine_head import CosineLinear
-from lightning_recipes.core.phases import Phase, PhasePlan
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.modules.adapted_block import AdaptedBlock
 from tests.attention import timm_vit
 from tests.conformance.misuse import (
     Backbone,
-    Hidden,
     Misuse,
-    MultiLabel,
-    Regression,
-    TwoLosses,
     X,
     Y,
     argument,
     no_parameters,
-    saved,
+    of_class_counts,
     sees_no_loss,
     with_net,
 )
@@ -97,13 +92,6 @@ OTHER = {
 }
 
 
-class InPhases(Recipe):
-    """Stands for a recipe that shows other data in every phase."""
-
-    def declare(self, plan: Any) -> None:
-        plan.phases(PhasePlan([Phase("first", 1), Phase("second", 1)], lambda phase: None))
-
-
 class RidgeRefit(Recipe):
     """Stands for another owner of the head."""
 
@@ -134,8 +122,6 @@ def of_logit_adjustment() -> list[Misuse]:
     adjusts = functools.partial(Misuse, "LogitAdjustment")
     auto = lambda: [LogitAdjustment()]  # noqa: E731
     counts = r"class_counts must be 'auto' or a number of samples a class, at least 0; got "
-    loss = r"needs a classification loss of logits \[n, classes\]; the observed one is "
-    soft = lambda: loader(X, nn.functional.one_hot(Y, 3).float())  # noqa: E731
     return [
         argument(LogitAdjustment, "tau must be at least 0; got -1", tau=-1),
         argument(LogitAdjustment, "tau must be at least 0; got nan", tau=math.nan),
@@ -162,46 +148,11 @@ def of_logit_adjustment() -> list[Misuse]:
             in_step=True,
         ),
         adjusts(
-            "data that are no data set",
-            r"the training data \(list\) are no one data set that is read by index; give class_counts=",
-            auto,
-            data=lambda: [*loader(X, Y)],
-        ),
-        adjusts(
-            "soft labels in the data set",
-            r"the labels of the training set must be class indices, .* got float32 of shape \(16, 3\); give",
-            auto,
-            data=soft,
-        ),
-        adjusts("a regression", loss + r"mse_loss of \(4, 3\)", auto, Regression, in_step=True),
-        adjusts(
-            "several labels a sample",
-            loss + r"binary_cross_entropy_with_logits of \(4, 3\)",
-            auto,
-            MultiLabel,
-            in_step=True,
-        ),
-        adjusts("two losses", r"computes 2 losses .*choose with criterion=INDEX", auto, TwoLosses, in_step=True),
-        adjusts("a loss of the module's own", "no loss was seen .*criterion=", auto, Hidden, in_step=True),
-        adjusts(
             "weights against the prior beside it",
             "LogitAdjustment and ClassWeights cannot share a Trainer: both correct for the class prior",
             lambda: [LogitAdjustment(), ClassWeights()],
         ),
-        adjusts(
-            "data that come in phases",
-            "the training data may change from phase to phase, and the classes that are counted .*; give",
-            lambda: [LogitAdjustment(), InPhases()],
-            trainer={"max_epochs": 2},
-        ),
-        adjusts(
-            "a resume with another training set",
-            r"samples a class are \[6, 6, 4\] here and were \[6, 5, 5\]\. Resume with the data of the checkpoint",
-            auto,
-            data=lambda: loader(X, torch.cat([Y[:14], torch.tensor([0, 1])])),
-            checkpoint=saved(Classifier, auto),
-            loads=True,
-        ),
+        *of_class_counts(LogitAdjustment, "class_counts="),
     ]
 
 

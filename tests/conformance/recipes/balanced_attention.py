@@ -12,21 +12,15 @@ from torch import Tensor, nn
 
 from lightning_recipes.callbacks import ClassWeights, DropBlock, InsertAttention, LogitAdjustment
 from lightning_recipes.callbacks.adapters.insert_attention import remove_attention
-from lightning_recipes.core.phases import Phase, PhasePlan
-from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.modules import BalancedNet, SmallCNN
 from tests.conformance import table
 from tests.conformance.misuse import (
-    Hidden,
     Misuse,
-    MultiLabel,
     NoLayers,
-    Regression,
-    TwoLosses,
     X,
     Y,
     argument,
-    saved,
+    of_class_counts,
     sees_no_loss,
     with_net,
 )
@@ -92,13 +86,6 @@ class OwnWeights(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         return nn.functional.cross_entropy(self(x), y, weight=torch.tensor([1.0, 2.0, 1.0]))
-
-
-class InPhases(Recipe):
-    """Stands for a recipe that shows other data in every phase."""
-
-    def declare(self, plan: Any) -> None:
-        plan.phases(PhasePlan([Phase("first", 1), Phase("second", 1)], lambda phase: None))
 
 
 def cnn() -> nn.Module:
@@ -210,8 +197,6 @@ def of_class_weights() -> list[Misuse]:
     weighs = functools.partial(Misuse, "ClassWeights")
     auto = lambda: [ClassWeights("inverse")]  # noqa: E731
     allowed = "weights must be 'effective_number', 'inverse', 'balanced_eurosat' or a positive number a class; got "
-    loss = r"needs a classification loss of logits \[n, classes\]; the observed one is "
-    soft = lambda: loader(X, nn.functional.one_hot(Y, 3).float())  # noqa: E731
     return [
         argument(ClassWeights, allowed + "'balanced'", weights="balanced"),
         argument(ClassWeights, allowed + r"\[1\.0\]", weights=[1]),
@@ -239,28 +224,6 @@ def of_class_weights() -> list[Misuse]:
             in_step=True,
         ),
         weighs(
-            "data that are no data set",
-            r"the training data \(list\) are no one data set that is read by index; give weights=\[weight of class 0,",
-            auto,
-            data=lambda: [*loader(X, Y)],
-        ),
-        weighs(
-            "soft labels in the data set",
-            r"the labels of the training set must be class indices, .* got float32 of shape \(16, 3\); give",
-            auto,
-            data=soft,
-        ),
-        weighs("a regression", loss + r"mse_loss of \(4, 3\)", auto, Regression, in_step=True),
-        weighs(
-            "several labels a sample",
-            loss + r"binary_cross_entropy_with_logits of \(4, 3\)",
-            auto,
-            MultiLabel,
-            in_step=True,
-        ),
-        weighs("two losses", r"computes 2 losses .*choose with criterion=INDEX", auto, TwoLosses, in_step=True),
-        weighs("a loss of the module's own", "no loss was seen .*criterion=", auto, Hidden, in_step=True),
-        weighs(
             "class weights of the module's own",
             "the module's loss has class weights of its own; take them out there, or leave the recipe out",
             auto,
@@ -272,20 +235,7 @@ def of_class_weights() -> list[Misuse]:
             "ClassWeights and LogitAdjustment cannot share a Trainer: both correct for the class prior",
             lambda: [ClassWeights("inverse"), LogitAdjustment()],
         ),
-        weighs(
-            "data that come in phases",
-            "the training data may change from phase to phase, and the classes that are counted .*; give weights=",
-            lambda: [ClassWeights("inverse"), InPhases()],
-            trainer={"max_epochs": 2},
-        ),
-        weighs(
-            "a resume with another training set",
-            r"samples a class are \[6, 6, 4\] here and were \[6, 5, 5\]\. Resume with the data of the checkpoint",
-            auto,
-            data=lambda: loader(X, torch.cat([Y[:14], torch.tensor([0, 1])])),
-            checkpoint=saved(Classifier, auto),
-            loads=True,
-        ),
+        *of_class_counts(lambda: ClassWeights("inverse"), r"weights=\[weight of class 0,"),
     ]
 
 
