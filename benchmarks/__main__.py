@@ -187,7 +187,8 @@ def _cpu() -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"cases whose name begins so, of: {'; '.join(CASES)}")
+    cases = "; ".join(CASES).replace("%", "%%")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"cases whose name begins so, of: {cases}")
     parser.add_argument("--blocks", type=int, default=5, help="how often all is begun anew (%(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a block and variant (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="batch size (%(default)s)")

@@ -314,6 +314,14 @@ def test_a_slow_moment_that_hits_a_whole_round_does_not_show_in_the_factors():
     assert command.paired(seconds, command.FACTORS["own ms"][1]) == pytest.approx(1e3 * (2.2 - 1.1 - 2 + 1))
 
 
+def test_the_commands_help_names_every_case(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        command.main()
+    told = "".join(capsys.readouterr().out.split())
+    assert all("".join(name.split()) in told for name in CASES)
+
+
 def test_the_command_prints_tables_and_writes_json(tmp_path, monkeypatch, capsys):
     seen = []
 
