@@ -338,7 +338,9 @@ def main(folder: Path, wanted: list[str]) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)  # where a Trainer without a logger puts what a recipe saves
     kinds: dict[str, tuple[Callable[[Row, Path], None], list[Row]]] = {
         "rows": (alone, [*ROWS, LIGHTNINGS_OWN]),
         "stacks": (together, stacks()),
