@@ -30,7 +30,7 @@ from torchmetrics.classification import MulticlassCohenKappa, MulticlassStatScor
 
 from lightning_recipes.core.recipe import Paper
 from lightning_recipes.modules.balanced_attention import BalancedAttention, initialise_
-from lightning_recipes.modules.classifier import NOT_SAVED, Classifier
+from lightning_recipes.modules.classifier import NOT_SAVED, OfImages
 from lightning_recipes.modules.drop_block import DropBlock2d, rates
 
 
@@ -95,7 +95,7 @@ class BalancedNet(nn.Module):
         return self.fc(self.dropout(self.stages(self.stem(images)).mean((2, 3))))
 
 
-class BalancedCNN(Classifier):
+class BalancedCNN(OfImages):
     """The paper's network, trained by cross-entropy on batches (images (N,C,H,W), labels (N,)).
 
     Logs ``train/loss`` and, once an epoch, the mean of the blocks' shares of coordinate attention, ``train/alpha``; for
@@ -223,15 +223,3 @@ class BalancedCNN(Classifier):
             accuracy = {f"{stage}/acc/{name}": a / n for name, a, n in zip(names, right, support, strict=True) if n}
             accuracy[f"{stage}/worst_class"] = torch.stack(list(accuracy.values())).min()
             self.log_dict({name + suffix: value for name, value in accuracy.items()}, add_dataloader_idx=False)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        images, labels = batch
-        self.evaluate("val", dataloader_idx, self(images), labels)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        images, labels = batch
-        self.evaluate("test", dataloader_idx, self(images), labels)
-
-    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        return self(images).softmax(-1)

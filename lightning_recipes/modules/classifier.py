@@ -110,3 +110,19 @@ class Classifier(OptimizedModule):
                 on_epoch=True,
                 batch_size=len(labels),
             )
+
+
+class OfImages(Classifier):
+    """A classifier of batches (images, labels) whose ``forward`` takes images to logits (N,num_classes)."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, labels = batch
+        self.evaluate("val", dataloader_idx, self(images), labels)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, labels = batch
+        self.evaluate("test", dataloader_idx, self(images), labels)
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self(images).softmax(-1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_recipes.core.weights import load_weights
 from lightning_recipes.modules.cifar_resnet import CifarResNet
-from lightning_recipes.modules.classifier import NOT_SAVED, Classifier
+from lightning_recipes.modules.classifier import NOT_SAVED, OfImages
 from lightning_recipes.modules.deep_mlp import DeepMLP
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.mlp import MLP
@@ -46,7 +46,7 @@ def build_net(
     return timm.create_model(model, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **arguments)
 
 
-class ImageClassifier(Classifier):
+class ImageClassifier(OfImages):
     """Cross-entropy training of any timm model, or of a net of your own, on batches (images (N,C,H,W), labels (N,)).
 
     Logs train/loss and, for val and test, loss, acc and ece; ``predict_step`` returns probabilities (N,num_classes).
@@ -113,15 +113,3 @@ class ImageClassifier(Classifier):
         loss = F.cross_entropy(self(images), labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        images, labels = batch
-        self.evaluate("val", dataloader_idx, self(images), labels)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        images, labels = batch
-        self.evaluate("test", dataloader_idx, self(images), labels)
-
-    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        images = batch if isinstance(batch, Tensor) else batch[0]
-        return self(images).softmax(-1)

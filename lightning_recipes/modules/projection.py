@@ -14,6 +14,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_recipes.core.recipe import Paper
+
+PAPER = Paper(
+    "Investigating the Benefits of Projection Head for Representation Learning",
+    "Y. Xue, E. Gan, J. Ni, S. Joshi, B. Mirzasoleiman",
+    2024,
+    "https://arxiv.org/abs/2403.11391",
+    "https://github.com/jiayini1119/projection-head-experiments",
+)
+CHILD = "projection"  # a head's name inside the linear classifier that it stands before
 SMALLEST = torch.finfo(torch.float32).tiny  # the smallest normal number
 
 
@@ -128,3 +138,10 @@ class IdentityHead(nn.Sequential):
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)
         super().__init__(first, SymmetricReLU() if threshold else nn.Identity(), second)
+
+
+def path_of_head(module: nn.Module) -> str | None:
+    """Path of the head inside a linear classifier of the module, None without one."""
+    heads = MLPHead, IdentityHead, FixedReweighting
+    inside = ((path, part) for path, part in module.named_modules() if isinstance(part, nn.Linear))
+    return next((f"{path}.{CHILD}" for path, part in inside if isinstance(getattr(part, CHILD, None), heads)), None)

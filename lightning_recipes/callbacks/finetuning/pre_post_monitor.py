@@ -1,6 +1,6 @@
 """Linear probes of the features before and behind a projection head: what the head costs, while training runs.
 
-Of the paper of :class:`ProjectionHead`; the module there has what z and u are.
+Of the paper of ``ProjectionHead``; the file of that has what z and u are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_recipes.callbacks.finetuning.projection_head import CHILD, ProjectionHead, projected
 from lightning_recipes.core import random
 from lightning_recipes.core.diagnostics import History, where_to_draw
 from lightning_recipes.core.distributed import decided_on_rank_zero, rank_and_world
@@ -26,7 +25,7 @@ from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.probe import Samples, bar, encode, samples_of, training_samples, validation_samples
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.step import observe
-from lightning_recipes.modules.projection import FixedReweighting
+from lightning_recipes.modules.projection import PAPER, FixedReweighting, path_of_head
 
 
 def effective_rank(x: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ class PrePostMonitor(Recipe):
             for such validation data, and for features that are not one vector a sample.
     """
 
-    paper = ProjectionHead.paper
+    paper = PAPER
     free_on_resume = frozenset({"labels", "group", "draw"})  # a function is another one in every process
     does = "Probes the features before and behind a projection head for any labels while training runs."
     use_when = "You want to know what features keep beyond the task, and on which side of the head to take them."
@@ -249,8 +248,8 @@ class _Sides:
             return
         with speaking_for(self.monitor):
             path = self.monitor.head
-            if path == "auto" and (found := projected(self.module)) is not None:
-                path = f"{found[0]}.{CHILD}"
+            if path == "auto":
+                path = path_of_head(self.module) or path
             alone = path == "auto"
             path = head_input(self.module)[0] if alone else path
             self._taps = Taps(self.module, {"z": (path, "input")})

@@ -42,13 +42,12 @@ from lightning_recipes.core.head_fit import LinearHead, fit_logistic, where_to_f
 from lightning_recipes.core.labels import labels_in
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.probe import bar, encode
-from lightning_recipes.core.recipe import Paper, Recipe
+from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.surgery import Operation
-from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
+from lightning_recipes.modules.projection import CHILD, PAPER, FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 
 Kind = Literal["mlp", "mlp2", "identity", "fixed"]
 KINDS = ("mlp", "mlp2", "identity", "fixed")
-CHILD = "projection"  # the head's name inside the classifier that it stands before
 
 
 def build_head(
@@ -299,13 +298,7 @@ class ProjectionHead(Recipe):
             or is to be fitted anew on targets that are no class indices.
     """
 
-    paper = Paper(
-        "Investigating the Benefits of Projection Head for Representation Learning",
-        "Y. Xue, E. Gan, J. Ni, S. Joshi, B. Mirzasoleiman",
-        2024,
-        "https://arxiv.org/abs/2403.11391",
-        "https://github.com/jiayini1119/projection-head-experiments",
-    )
+    paper = PAPER
     does = "Trains through a head that is thrown away, so that the features before it keep more than the task needs."
     use_when = "The features shall serve another task, or data on which the trained task's shortcuts fail."
     costs = "The head; one pass over the training set where it is taken out at the end."
