@@ -116,7 +116,7 @@ class Companion:
         path, _, attribute = name.rpartition(":")
         try:
             with random.forked(torch.device("cpu") if trainer is None else trainer.strategy.root_device, self.seed):
-                if path and path not in _HUBS and all(part.isidentifier() for part in path.split(".")):
+                if of_import(name):
                     make = _found(what, path, attribute)
                     if self.pretrained and self.checkpoint is None:
                         raise RecipeError(
@@ -163,8 +163,7 @@ class Companion:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Frozen and in eval mode inside; afterwards flags, modes and device are as they were, and what was made here is
-        gone."""
+        """Frozen and in eval mode inside; afterwards as it was, where it was, and let go of."""
         network = self.network
         device = next((p.device for p in network.parameters()), None)
         trained = [p for p in network.parameters() if p.requires_grad]
@@ -213,6 +212,12 @@ class Companion:
                 name: value.detach().cpu() for name, value in self.source.state_dict().items() if _is_tensor(value)
             }
         return state
+
+
+def of_import(source: Any) -> bool:
+    """Whether a source is an import path 'package.module:Class', and no timm name."""
+    path = source.rpartition(":")[0] if isinstance(source, str) else ""
+    return bool(path) and path not in _HUBS and all(part.isidentifier() for part in path.split("."))
 
 
 def fingerprint(network: nn.Module) -> str:
