@@ -139,8 +139,8 @@ def test_the_radius_of_a_lipschitz_network_is_where_its_margin_meets_the_bound()
 
 
 def test_the_radius_of_a_smoothed_network_is_reached_by_a_half_space() -> None:
-    """p(x) = 1[x_1 < 0] smoothed by N(0, s^2) is Phi(-x_1 / s). At a = 1 the class turns at x_1 = 0, -x_1 away. At a < 1
-    the mixture with a hostile network turns where a (2 Phi(z) - 1) = 1 - a, which is no nearer."""
+    """p(x) = 1[x_1 < 0] smoothed by N(0, s^2) is Phi(-x_1 / s). At a = 1 the class turns at x_1 = 0, that is -x_1 away.
+    At a < 1 the mixture with a hostile network turns where a (2 Phi(z) - 1) = 1 - a, which is no nearer."""
     sigma, x = 0.5, -0.8
     phi = torch.special.ndtr
     h = torch.stack([phi(torch.tensor(-x / sigma)), phi(torch.tensor(x / sigma))])[None].double()
