@@ -334,7 +334,7 @@ class WiSEFT(Recipe):
             return
         with speaking_for(self), where_it_trained(trainer):
             fishers = self._fishers(trainer, pl_module) if self.fisher else ({}, {})
-            values = {"wise/distance": distance(self._theta_0, live)}
+            values = {"wise/distance": distance(self._theta_0, tensors_of(pl_module))}
             if self.grid is not None:
                 values |= self._measure(trainer, pl_module, fishers)
             log_values(trainer, values)
