@@ -6,7 +6,7 @@ writes ``adaptive_smoothing.json`` beside this file. The paper's networks are la
 more data (clean 95.23 %, AutoAttack 68.06 % of a mixture on CIFAR-10); its schedule here is in small: fewer attacks of
 fewer iterations, a narrower mixing network at a larger rate.
 
-The settings below were chosen with ``--held-out``, which measures on test images that are not among those reported on.
+Nothing below was chosen by what it gives on the images that are reported on; ``--held-out`` measures on others.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from lightning_recipes.callbacks import AdaptiveSmoothing, RobustAccuracyMonitor
 from lightning_recipes.core.weights import load_weights
 from lightning_recipes.modules import AdaptiveSmoothingModule, CifarResNet, ImageClassifier
 
-EPSILON, STEPS, TEST = 8 / 255, 20, 500
+EPSILON, STEPS, TEST = 8 / 255, 20, 250
 STANDARD = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 ROBUST = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}
 PREFIX = "cifar10_cnn_a_adv4/"
-BATCH, EPOCHS, SEED = 160, 1, 0
+BATCH, IMAGES, EPOCHS, SEED = 80, 4_000, 1, 0
 TRAINING: dict[str, Any] = {
     "widths": (48, 32, 48, 64),
     "attack": "pgd",
@@ -51,14 +51,14 @@ TRAINING: dict[str, Any] = {
     "epsilon": EPSILON,
 }
 EVALUATION: dict[str, Any] = {"std_scale": 1.0, "rob_scale": 1.0}
-TRAINED: dict[str, Any] = {"eval_affine": (2.0, 1.3), "alpha_range": (0.84, 0.99)}
-ARMS: dict[str, float | None] = {
+ARMS: dict[str, float | tuple[float, float]] = {  # a constant, or the range of the trained network's weight
     "standard": 0.0,
     "robust": 1.0,
     "alpha .8": 0.8,
     "alpha .9": 0.9,
     "alpha .95": 0.95,
-    "trained": None,
+    "trained, .84 - .99": (0.84, 0.99),
+    "trained, .5 - 1": (0.5, 1.0),
 }
 RESULTS = Path(__file__).with_suffix(".json")
 
@@ -139,8 +139,8 @@ def train(count: int, epochs: int) -> AdaptiveSmoothingModule:
 def measure(arm: str, module: AdaptiveSmoothingModule | None, x: Tensor, y: Tensor) -> dict[str, float]:
     """Accuracy of one arm on clean images and under attack, as a stock module with the callback tests."""
     alpha = ARMS[arm]
-    if alpha is None:
-        recipe = module.to_callback(**EVALUATION, **TRAINED)
+    if isinstance(alpha, tuple):
+        recipe = module.to_callback(**EVALUATION, alpha_range=alpha)
     else:
         recipe = AdaptiveSmoothing(robust(), alpha=alpha, partner_input_transform=Normalize(**ROBUST), **EVALUATION)
     monitor = RobustAccuracyMonitor("apgd", EPSILON, STEPS, restarts=1)
@@ -164,7 +164,7 @@ def table(found: dict[str, dict[str, float]], count: int) -> str:
 def main(args: Iterable[str] | None = None) -> int:
     """Returns 1 where the data are missing."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.adaptive_smoothing", description=__doc__)
-    parser.add_argument("--images", type=int, default=10_000, metavar="N", help="to train on; default: %(default)s")
+    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help="to train on; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help="default: %(default)s")
     parser.add_argument("--test", type=int, default=TEST, metavar="N", help="images to test on; default: %(default)s")
     parser.add_argument("--held-out", action="store_true", help="measure on other test images")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -591,7 +592,8 @@ def test_a_copy_listens_to_its_own_networks_and_follows_to_another_type() -> Non
     assert torch.allclose(twin(IMAGES.double()).float(), net(IMAGES), atol=1e-5)
 
 
-def test_gradients_are_clipped_by_their_norm() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_gradients_are_clipped_by_their_norm_once_they_are_unscaled(precision: str) -> None:
     norms = []
 
     class Clipped(AdaptiveSmoothingModule):
@@ -603,7 +605,7 @@ def test_gradients_are_clipped_by_their_norm() -> None:
         Small(3, seed=1), Small(4, seed=2), ("0", "2"), ("0", "2"), (1, 8, 8), widths=WIDTHS, iterations=1, targets=0,
         further=2, clip=1e-3,
     )  # fmt: skip
-    fit(net, epochs=1)
+    fit(net, epochs=1, **({} if precision == "32-true" else {"plugins": [half(precision)]}))
     assert norms and max(norms) == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -785,3 +787,35 @@ def test_two_ranks_share_the_norm_the_gradients_and_the_counts(tmp_path: Path) -
     assert torch.allclose(first["var"], norm.var) and torch.allclose(first["mean"], norm.mean)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["acc"].item() == pytest.approx(mean_of(mixture(STD(X), ROB(X), 0.6).argmax(1) == Y))
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+def half(kind: str) -> MixedPrecision:
+    """16-mixed on the CPU, where the scaler works too, or bf16-mixed."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if kind == "16-mixed" else None
+    return MixedPrecision(kind, "cpu", scaler)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_in_mixed_precision_the_mixture_gamma_and_the_attacks_are_in_fp32(precision: str) -> None:
+    net, kinds = module(), []
+    real = net.as_trained
+
+    def watched(x: Tensor) -> Any:
+        out, gamma = real(x)
+        kinds.append((out.dtype, gamma.dtype, torch.is_autocast_enabled("cpu"), net.mixer.training))
+        return out, gamma
+
+    net.as_trained = watched
+    before = weights(net)
+    fit(net, epochs=1, plugins=[half(precision)])
+    assert {kind[:2] for kind in kinds} == {(torch.float32, torch.float32)}
+    assert {kind[2:] for kind in kinds} == {(True, True), (False, False)}  # mini-batches under autocast, attacks not
+    after = weights(net)
+    assert not same(before, after) and all(torch.isfinite(value).all() for value in after.values())
+    stock = Evaluates(STD)
+    found = predicted(stock, AdaptiveSmoothing(ROB, alpha=0.7), plugins=[half(precision)])
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, mixture(STD(X), ROB(X), 0.7), atol=0.05)
