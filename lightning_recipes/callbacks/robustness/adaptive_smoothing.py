@@ -10,7 +10,8 @@ With logits g of the standard network and h of the robust one:
 a is a number, sigmoid of a number gamma, or for each input what a trained mixing network says (see
 ``modules/mixer.py``, which holds the maths, and ``AdaptiveSmoothingModule``, which trains it). A robust network is
 surer of what it gets right than of what it gets wrong, so that the standard one can correct its mistakes and hardly
-spoils its robustness. What is mixed are probabilities, never logits.
+spoils its robustness. What is mixed are probabilities, never logits. How far the mixture is certain to say what the
+robust network says: ``certified``, ``lipschitz_radius`` and ``smoothed_radius`` in ``modules/mixer.py``.
 
 The paper's settings at evaluation:
 
@@ -27,6 +28,7 @@ forward pass of the partner, and of the small mixing network, while it evaluates
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar, Literal
@@ -135,7 +137,7 @@ class AdaptiveSmoothing(Recipe):
         if len(given) != 1:
             raise RecipeError(f"AdaptiveSmoothing: give one of alpha, gamma and mixer, the others None; got {given}")
         check_argument(alpha is None or 0 <= alpha <= 1, self, "alpha", alpha, "in [0, 1]")
-        check_argument(gamma is None or gamma == gamma, self, "gamma", gamma, "a number")
+        check_argument(gamma is None or not math.isnan(gamma), self, "gamma", gamma, "a number")
         for name, value in (("std_scale", std_scale), ("rob_scale", rob_scale)):
             check_argument(value > 0, self, name, value, "positive")
         check_argument(mixer is None or isinstance(mixer, (str, Mixer)), self, "mixer", mixer, "a file or a Mixer")
