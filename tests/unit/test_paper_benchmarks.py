@@ -95,9 +95,3 @@ def test_adaptive_smoothing_says_which_data_are_missing(monkeypatch, tmp_path, c
     adaptive_smoothing.images.cache_clear()
     assert adaptive_smoothing.main([]) == 1
     assert "left out: set LIGHTNING_RECIPES_DATA to the folder with cifar10_subset.npz" in capsys.readouterr().err
-
-
-def test_the_figures_on_file_are_of_every_arm_of_adaptive_smoothing():
-    found = json.loads(adaptive_smoothing.RESULTS.read_text(encoding="utf-8"))
-    assert found["arms"].keys() == adaptive_smoothing.ARMS.keys()
-    assert found["test_images"] == adaptive_smoothing.TEST and found["training_images"] == adaptive_smoothing.IMAGES
