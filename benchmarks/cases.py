@@ -22,6 +22,7 @@ from lightning_recipes.callbacks import (
     PSKD,
     SLCA,
     AdaptFormer,
+    AdaptiveSmoothing,
     ClassWeights,
     CosineHead,
     CutMix,
@@ -107,6 +108,8 @@ CASES: dict[str, Case] = {
             net, batches, amp, start=2.0, alpha=1.0, project=False, lambda2=1.5, lambda3=0.15
         ),
     ),
+    # In a fit it is to cost nothing.
+    "AdaptiveSmoothing": Case("resnet", lambda: [AdaptiveSmoothing("torch.nn:Identity")], loop=loops.plain),
     "PEGO": Case(
         "vit",
         lambda: [PEGO()],

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import lightning_recipes
 from benchmarks.claims import (
     aaer,
+    adaptive_smoothing,
     backdoor_adjustment,
     bang,
     class_weights,
@@ -43,6 +44,7 @@ from benchmarks.claims.findings import Finding, measure, spread
 
 EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "AAER": [aaer],
+    "AdaptiveSmoothing": [adaptive_smoothing],
     "BANG": [bang, spurious_features],
     "ClassWeights": [class_weights],
     "DropBlock": [drop_block],

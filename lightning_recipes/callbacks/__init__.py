@@ -23,6 +23,7 @@ from lightning_recipes.callbacks.regularization.ps_kd import PSKD
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer
+from lightning_recipes.callbacks.robustness.adaptive_smoothing import AdaptiveSmoothing
 from lightning_recipes.callbacks.robustness.backdoor_adjustment import BackdoorAdjustment
 from lightning_recipes.callbacks.robustness.cosine_head import CosineHead
 from lightning_recipes.callbacks.robustness.logit_adjustment import LogitAdjustment
@@ -38,6 +39,7 @@ __all__ = [
     "PSKD",
     "SLCA",
     "AdaptFormer",
+    "AdaptiveSmoothing",
     "BackdoorAdjustment",
     "ClassWeights",
     "CosineHead",

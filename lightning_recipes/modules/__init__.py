@@ -1,6 +1,7 @@
 """Stock LightningModules, which know nothing of recipes, and the nets and metrics that they use."""
 
 from lightning_recipes.core.group_accuracy import LongTailAccuracy
+from lightning_recipes.modules.adaptive_smoothing import AdaptiveSmoothingModule
 from lightning_recipes.modules.balanced_attention import BalancedAttention, CoordinateAttention, SqueezeExcitation
 from lightning_recipes.modules.balanced_cnn import BalancedCNN, BalancedNet
 from lightning_recipes.modules.cifar_resnet import CifarResNet
@@ -18,6 +19,7 @@ from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
+from lightning_recipes.modules.mixer import Mixer, MixingNetwork
 from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
@@ -26,6 +28,7 @@ from lightning_recipes.modules.small_cnn import SmallCNN
 __all__ = [
     "AURC",
     "MLP",
+    "AdaptiveSmoothingModule",
     "AugmentBatch",
     "BalancedAttention",
     "BalancedCNN",
@@ -45,6 +48,8 @@ __all__ = [
     "LightweightCNN",
     "LongTailAccuracy",
     "MLPHead",
+    "Mixer",
+    "MixingNetwork",
     "NTXentLoss",
     "PreActResNet18",
     "SmallCNN",
