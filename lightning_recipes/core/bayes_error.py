@@ -41,7 +41,16 @@ EPS = 1e-8
 def max_abs_scaled(features: Tensor) -> Tensor:
     """Features over the largest absolute value in them, so that a width of the kernel means the same for any network.
 
-    The gradient flows through the maximum.
+    The gradient flows through the maximum. Features of zeros stay so.
+
+    Args:
+        features: ``[n, d]``.
+    """
+    return features / features.abs().amax().clamp_min(torch.finfo(features.dtype).tiny)
+
+
+def check_tell_apart(features: Tensor) -> None:
+    """Refuse features that say nothing about the samples.
 
     Args:
         features: ``[n, d]``.
@@ -52,8 +61,7 @@ def max_abs_scaled(features: Tensor) -> Tensor:
     if not bool(features.isfinite().all()):
         raise RecipeError("the features are not finite: the network that gave them has diverged")
     if bool((features == features[:1]).all()):
-        raise RecipeError("all samples have the same features, so they say nothing about the labels")
-    return features / features.abs().amax()
+        raise RecipeError("the features are the same for all samples, so they say nothing about the labels")
 
 
 def bayes_error(

@@ -89,6 +89,14 @@ def samples_of(loader: DataLoader, dataset: Any = None, chosen: Sequence[int] | 
     return Samples(plain, share, len(chosen))
 
 
+def drawn(total: int, most: int, *stream: int | str) -> Sequence[int]:
+    """Ascending indices of at most so many of all samples, drawn without the global random state; the same on every
+    rank and every time."""
+    if total <= most:
+        return range(total)
+    return torch.randperm(total, generator=random.generator(*stream))[:most].sort().values.tolist()
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Features of samples, on every rank the same, in the order of the training set.

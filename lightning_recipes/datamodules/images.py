@@ -77,6 +77,24 @@ class LabelledImages(Dataset):
         chosen.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
         return chosen
 
+    def pixels(self) -> Tensor:
+        """All images as they are before the transform, uint8 (N,C,H,W).
+
+        Raises:
+            ValueError: for images of several sizes, or that are read as something else than uint8.
+        """
+        if isinstance(self.source, Tensor):
+            return self._resize(self.source[torch.from_numpy(self.indices)])
+        images = [self._read(int(position)) for position in self.indices]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError("the images differ in size; have the data module resize them (size=)")
+        if any(image.dtype != torch.uint8 for image in images):
+            raise ValueError(
+                "the images are read as floating numbers; they must be uint8 pixels, with transforms and mean and std"
+                " given to the data module"
+            )
+        return torch.stack(images)
+
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_recipes.core.bayes_error import bayes_error, max_abs_scaled
+from lightning_recipes.core.bayes_error import bayes_error, check_tell_apart, max_abs_scaled
 from lightning_recipes.core.errors import RecipeError
 
 
@@ -101,7 +101,7 @@ def test_half_precision_and_autocast_are_computed_in_single() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = bayes_error(z.requires_grad_(), y, 4)
     assert value.dtype == torch.float32
-    assert float(value) == pytest.approx(float(dense(z.detach().float(), y, 4, 0.3).mean()), abs=1e-5)
+    assert float(value.detach()) == pytest.approx(float(dense(z.detach().float(), y, 4, 0.3).mean()), abs=1e-5)
     value.backward()
     assert z.grad.dtype == torch.bfloat16
 
@@ -113,6 +113,13 @@ def test_scaling_by_the_largest_value_passes_its_gradient() -> None:
     scaled.sum().backward()
     # d/dz of sum(z) / |z_max|: 1 / 4 everywhere, and at the maximum also sum(z) / 16 = 2 / 16
     assert z.grad.tolist() == [[0.25, 0.25 + 2 / 16], [0.25, 0.25]]
+
+
+def test_features_that_collapsed_have_the_error_of_their_labels_and_those_that_diverged_none() -> None:
+    y = torch.tensor([0, 0, 0, 1])
+    # Each 0 sees two 0 and one 1, the 1 sees three 0
+    assert float(bayes_error(max_abs_scaled(torch.zeros(4, 2)), y, 2)) == pytest.approx(3 / 3 / 4, abs=1e-6)
+    assert math.isnan(bayes_error(max_abs_scaled(torch.full((4, 2), math.nan)), y, 2))
 
 
 def test_what_cannot_be_estimated_is_one_error() -> None:
@@ -135,7 +142,8 @@ def test_what_cannot_be_estimated_is_one_error() -> None:
     ):
         with pytest.raises(RecipeError, match=says):
             bayes_error(z, y, 4, **arguments)
-    with pytest.raises(RecipeError, match="all samples have the same features"):
-        max_abs_scaled(torch.zeros(4, 2))
+    with pytest.raises(RecipeError, match="the features are the same for all samples"):
+        check_tell_apart(torch.ones(4, 2))
     with pytest.raises(RecipeError, match="not finite"):
-        max_abs_scaled(torch.tensor([[1.0], [math.nan]]))
+        check_tell_apart(torch.tensor([[1.0], [math.nan]]))
+    check_tell_apart(z)

@@ -5,7 +5,7 @@ Of the paper of ``ProjectionHead``; the file of that has what z and u are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,14 +15,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_recipes.core import random
 from lightning_recipes.core.diagnostics import History, where_to_draw
 from lightning_recipes.core.distributed import decided_on_rank_zero, rank_and_world
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.features import Taps, head_input
 from lightning_recipes.core.head_fit import accuracy, balanced, fit_logistic, where_to_fit, worst_group
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.probe import Samples, bar, encode, samples_of, training_samples, validation_samples
+from lightning_recipes.core.probe import Samples, bar, drawn, encode, samples_of, training_samples, validation_samples
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.step import observe
 from lightning_recipes.modules.projection import PAPER, FixedReweighting, path_of_head
@@ -154,10 +153,7 @@ class PrePostMonitor(Recipe):
         self, trainer: pl.Trainer, module: pl.LightningModule, samples: Samples, most: int
     ) -> dict[str, Tensor]:
         """z, u where there is one, y and the groups of at most so many samples, the same ones on every rank."""
-        chosen: Sequence[int] = range(samples.total)
-        if samples.total > most:
-            drawn = torch.randperm(samples.total, generator=random.generator(self.seed, "PrePostMonitor"))
-            chosen = drawn[:most].sort().values.tolist()
+        chosen = drawn(samples.total, most, self.seed, "PrePostMonitor")
         now: dict[str, Tensor] = {}
 
         def run(batch: Any, number: int) -> Tensor:
