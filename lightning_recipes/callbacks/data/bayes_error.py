@@ -147,7 +147,7 @@ class BayesErrorMonitor(Recipe):
         found = encode(
             trainer,
             module,
-            lambda: {"features": self._taps["features"].flatten(1)},
+            self._read,
             samples_of(everything.loader, chosen=chosen),
             self.criterion,
             bar(trainer, "Bayes error"),
@@ -160,6 +160,10 @@ class BayesErrorMonitor(Recipe):
                 f"needs classes as targets; the observed loss got {str(labels.dtype)[6:]} {list(labels.shape)}"
             )
         return found.features["features"], labels
+
+    def _read(self) -> dict[str, Tensor]:
+        value = self._taps["features"]
+        return {"features": value.flatten(1) if value.dim() > 1 else value}
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = where_to_draw(trainer)
