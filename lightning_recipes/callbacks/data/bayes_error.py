@@ -28,7 +28,7 @@ from lightning_recipes.core.errors import RecipeError, check_argument, speaking_
 from lightning_recipes.core.features import Taps, head_input
 from lightning_recipes.core.head_fit import where_to_fit
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.probe import bar, drawn, encode, samples_of, training_samples, validation_samples
+from lightning_recipes.core.probe import Samples, bar, drawn, encode, samples_of, training_samples, validation_samples
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.datamodules.unlearnable import PAPER
 
@@ -66,9 +66,9 @@ class BayesErrorMonitor(Recipe):
         seed: of the samples drawn.
 
     Raises:
-        RecipeError: for bad arguments; in setup for a layer that is not there; in a fit's sanity check, or else in the
-            first validation, for data that are not read by index, features that are not one vector a sample, and
-            targets that are no classes.
+        RecipeError: for bad arguments; in setup for a layer that is not there; before the first step for training data
+            that are not read by index; in a fit's sanity check, or else in the first validation, for such validation
+            data, features that are not one vector a sample, and targets that are no classes.
     """
 
     paper = PAPER
@@ -124,15 +124,21 @@ class BayesErrorMonitor(Recipe):
             self._taps.close()
         self._taps = None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._taps is not None and self.samples == "train":
+            with speaking_for(self):
+                training_samples(trainer)  # asked for now, that bad ones are no late error
+
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs == 0
         if trainer.state.fn != "fit" or self._taps is None or not due:
             return
         with speaking_for(self):
             if trainer.sanity_checking:  # a fit that cannot be measured shall not start
-                self._encode(trainer, pl_module, 2 * rank_and_world()[1])
+                self._encode(trainer, pl_module, validation_samples(trainer), 2 * rank_and_world()[1])
                 return
-            features, labels = self._encode(trainer, pl_module, self.max_samples)
+            samples = training_samples(trainer) if self.samples == "train" else validation_samples(trainer)
+            features, labels = self._encode(trainer, pl_module, samples, self.max_samples)
             device = where_to_fit(pl_module)
             value = decided_on_rank_zero(
                 lambda: float(estimate(features.to(device), labels.to(device), self.sigma, self.kernel)), trainer
@@ -140,15 +146,16 @@ class BayesErrorMonitor(Recipe):
         self.log("bayes_error/estimate", value, rank_zero_only=False)
         self._history.add(trainer.global_step, {"estimate": value})
 
-    def _encode(self, trainer: pl.Trainer, module: pl.LightningModule, most: int) -> tuple[Tensor, Tensor]:
+    def _encode(
+        self, trainer: pl.Trainer, module: pl.LightningModule, samples: Samples, most: int
+    ) -> tuple[Tensor, Tensor]:
         """Features and labels of at most so many samples, the same ones on every rank."""
-        everything = training_samples(trainer) if self.samples == "train" else validation_samples(trainer)
-        chosen = drawn(everything.total, most, self.seed, "BayesErrorMonitor")
+        chosen = drawn(samples.total, most, self.seed, "BayesErrorMonitor")
         found = encode(
             trainer,
             module,
             self._read,
-            samples_of(everything.loader, chosen=chosen),
+            samples_of(samples.loader, chosen=chosen),
             self.criterion,
             bar(trainer, "Bayes error"),
         )
