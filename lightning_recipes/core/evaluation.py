@@ -82,6 +82,18 @@ def as_a_step_gets_it(trainer: pl.Trainer, batch: Any, index: int = 0) -> Any:
 
 
 @contextmanager
+def where_it_trained(trainer: pl.Trainer) -> Iterator[None]:
+    """The module on the device of the fit, from which Lightning has taken it before ``on_fit_end``."""
+    module = trainer.lightning_module
+    device = module.device
+    module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        module.to(device)
+
+
+@contextmanager
 def apart(trainer: pl.Trainer, *stream: int | str, full_precision: bool = False) -> Iterator[None]:
     """Eval mode, gradients allowed, the fit's precision unless told otherwise; what is drawn hangs on `stream` alone,
     and modes and the random state end as they began.
