@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from lightning_recipes.datamodules import (
 )
 from lightning_recipes.datamodules.unlearnable import Ascent, as_uint8, linf, look, mixture, project_, protect
 from lightning_recipes.modules import ImageClassifier
-from tests.stock import quiet
+from tests.stock import in_two_ranks, quiet
 
 
 def small_net() -> nn.Module:
@@ -411,6 +412,25 @@ def test_a_fit_builds_logs_every_step_and_draws_what_it_draws_without_a_build(tm
     assert "unlearnable" not in (tmp_path / "lightning_logs" / "version_1" / "metrics.csv").read_text()
     assert all(torch.equal(a, b) for a, b in zip(found[0][0].values(), found[1][0].values()))
     assert torch.equal(found[0][1], found[1][1])
+
+
+def _rank(rank: int, folder: Path) -> None:
+    data = digits(folder, mode="mix", batch_size=8)
+    module = ImageClassifier(small_net(), optimizer=partial(torch.optim.SGD, lr=0.1))
+    fit = quiet(devices=2, strategy="ddp", plugins=LightningEnvironment(), num_sanity_val_steps=1)
+    fit.fit(module, datamodule=data)
+    torch.save((everything(data.train_set), data.protected, data.curve), folder / f"rank{rank}.saved")
+
+
+@pytest.mark.ddp
+def test_two_ranks_train_on_one_build_and_one_draw(tmp_path: Path) -> None:
+    alone = ready(digits(tmp_path / "alone", mode="mix"))
+    in_two_ranks(_rank, tmp_path)
+    for rank in range(2):
+        images, protected, curve = torch.load(tmp_path / f"rank{rank}.saved")
+        assert torch.equal(images, everything(alone.train_set))
+        assert torch.equal(protected, alone.protected) and curve == alone.curve
+    assert len(list(tmp_path.glob("*.pt"))) == 1
 
 
 def test_an_evaluation_waits_for_no_build(tmp_path: Path, no_build: None) -> None:
