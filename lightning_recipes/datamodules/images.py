@@ -84,16 +84,18 @@ class LabelledImages(Dataset):
             ValueError: for images of several sizes, or that are read as something else than uint8.
         """
         if isinstance(self.source, Tensor):
-            return self._resize(self.source[torch.from_numpy(self.indices)])
-        images = [self._read(int(position)) for position in self.indices]
-        if len({image.shape for image in images}) > 1:
-            raise ValueError("the images differ in size; have the data module resize them (size=)")
-        if any(image.dtype != torch.uint8 for image in images):
+            images = self._resize(self.source[torch.from_numpy(self.indices)])
+        else:
+            each = [self._read(int(position)) for position in self.indices]
+            if len({image.shape for image in each}) > 1:
+                raise ValueError("the images differ in size; have the data module resize them (size=)")
+            images = torch.stack(each)
+        if images.dtype != torch.uint8:
             raise ValueError(
-                "the images are read as floating numbers; they must be uint8 pixels, with transforms and mean and std"
-                " given to the data module"
+                f"the images are read as {str(images.dtype)[6:]}; they must be uint8 pixels, with transforms, mean and"
+                " std given to the data module"
             )
-        return torch.stack(images)
+        return images
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -292,7 +292,8 @@ def protect(
     optimizer = AdamW([moving], ascent.lr, weight_decay=ascent.weight_decay, maximize=True)
     net, first, best, best_step = None, 0, clean, 0
     if kept is not None:
-        curve, first, best, best_step = kept["curve"], kept["next"], kept["best"].to(device), kept["best_step"]
+        curve = {name: list(values) for name, values in kept["curve"].items()}
+        first, best, best_step = kept["next"], kept["best"].to(device), kept["best_step"]
         moving.data.copy_(kept["images"])
         optimizer.load_state_dict(kept["optimizer"])
         if kept["surrogate"] is not None:
@@ -332,7 +333,7 @@ def protect(
                 "optimizer": _on_cpu(optimizer.state_dict()),
                 "best": best.cpu(),
                 "best_step": best_step,
-                "curve": curve,
+                "curve": {name: list(values) for name, values in curve.items()},
                 "next": step + 1,
                 "surrogate": _on_cpu(net.state_dict()) if reused else None,
             }
@@ -569,6 +570,7 @@ class UnlearnableDataModule(Derived):
         self.ratio, self.mode, self.cache_dir, self.device = ratio, mode, cache_dir, device
         self.curve: dict[str, list] = {}
         self._fitting = True
+        self._of_images: str | None = None
 
     @property
     def protected(self) -> Tensor:
@@ -595,7 +597,8 @@ class UnlearnableDataModule(Derived):
         drawn = self._drawn(source)
         self.train_set = source
         if content is not None:
-            self._same_on_all_ranks(content)
+            self._of_images = key_of(content["images"])
+            self._same_on_all_ranks()
             self.curve = content["curve"]
             rows = np.where(drawn.numpy(), np.arange(len(source)), -1)
             self.train_set = ProtectedImages(source, content["images"], rows)
@@ -604,6 +607,17 @@ class UnlearnableDataModule(Derived):
             if not bool(kept.any()):
                 raise ValueError(f"mode={self.mode!r}, ratio={self.ratio}: leaves no image to train on")
             self.train_set = self.train_set.select(torch.nonzero(kept).flatten().numpy())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images": self._of_images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        then, now = state_dict["images"], self._of_images
+        if None not in (then, now) and then != now:
+            raise RecipeError(
+                "UnlearnableDataModule: the protected images are not those of the checkpoint; resume with its"
+                " arguments, its data and its cache_dir, or start a new fit from its weights"
+            )
 
     def export(self, folder: str | os.PathLike, format: Literal["png", "npz"] = "png") -> Path:
         """Save the images as they are trained on in this mode, for other programs; of val and test the clean ones.
@@ -741,11 +755,10 @@ class UnlearnableDataModule(Derived):
             return self.trainer.strategy.root_device
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def _same_on_all_ranks(self, content: Content) -> None:
+    def _same_on_all_ranks(self) -> None:
         if not active() or self.trainer is None:
             return
-        mine = key_of(content["images"])
-        if from_rank_zero(mine, self.trainer) != mine:
+        if from_rank_zero(self._of_images, self.trainer) != self._of_images:
             raise RecipeError(
                 "UnlearnableDataModule: the protected images here are not those of rank 0, so its cache_dir is another"
                 " disk; give a cache_dir that all nodes see"

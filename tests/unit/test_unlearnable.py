@@ -267,7 +267,10 @@ def test_data_that_are_no_images_in_pixels_are_refused(tmp_path: Path) -> None:
             return sets
 
     for data, says in (
-        (digits(tmp_path, data=Floats()), "must be uint8 pixels, with transforms and mean and std given to the data"),
+        (
+            digits(tmp_path, data=Floats()),
+            "read as float32; they must be uint8 pixels, with transforms, mean and std given",
+        ),
         (digits(tmp_path, data=digits(tmp_path, steps=1)), "is ProtectedImages and must be LabelledImages"),
         (digits(tmp_path, data=CharDataModule()), "has no labelled train_set|is .* and must be LabelledImages"),
     ):
@@ -440,6 +443,19 @@ def test_an_evaluation_waits_for_no_build(tmp_path: Path, no_build: None) -> Non
     assert data.train_set is None and len(data.test_set) > 0
     with pytest.raises(AssertionError, match="protected again"):
         quiet().fit(module, datamodule=data)
+
+
+def test_a_resume_with_other_protected_images_is_refused_and_one_on_the_other_half_is_not(tmp_path: Path) -> None:
+    module = ImageClassifier(small_net())
+    first = quiet()
+    first.fit(module, datamodule=digits(tmp_path, mode="mix", steps=1))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    for other in ({"mode": "mix"}, {"mode": "clean_only"}, {"mode": "protected_only"}):
+        data = digits(tmp_path, steps=1, **other)
+        quiet(max_epochs=2).fit(module, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    with pytest.raises(RecipeError, match="the protected images are not those of the checkpoint"):
+        other = digits(tmp_path, mode="mix", steps=1, epsilon=0.05)
+        quiet(max_epochs=2).fit(module, datamodule=other, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
 
 
 def test_no_protection_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
