@@ -3,7 +3,7 @@
 ``LIGHTNING_RECIPES_DATA=... python -m benchmarks.papers.unlearnable`` protects the training images within 8/255, trains
 a classifier on the clean half of a draw, on the mixture, on the protected half and on both halves clean, and prints one
 table. On a GPU (some 3 minutes) it is CIFAR's ResNet-18 on 10,000 images, 20 steps with a new surrogate every 5, and
-``unlearnable.json`` beside this file is written; on a CPU (some 2 minutes) an 8-layer ResNet on 1,000. The paper has
+``unlearnable.json`` beside this file is written; on a CPU (some minutes) an 8-layer ResNet on 1,000. The paper has
 all 50,000 images and up to 2,000 steps, each with a new surrogate: 91.16 % on the clean half, 69.68 % on the mixture.
 
 All else is the paper's: SGD 0.1 with momentum 0.9 and weight decay 5e-4, batches of 128, a cosine over 30 epochs,

@@ -48,7 +48,7 @@ from tqdm import tqdm
 from lightning_recipes.core import random
 from lightning_recipes.core.artefacts import Artefact, Content, key_of
 from lightning_recipes.core.bayes_error import Kernel, bayes_error, check_tell_apart, max_abs_scaled
-from lightning_recipes.core.distributed import active, from_rank_zero
+from lightning_recipes.core.distributed import active, all_sum, from_rank_zero
 from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.features import Taps, head_input
 from lightning_recipes.core.recipe import Paper
@@ -329,7 +329,7 @@ def protect(
         reused = (step + 1) % ascent.retrain_every != 0 and step + 1 < ascent.steps
         keep(
             {
-                "images": moving.detach().cpu(),
+                "images": _on_cpu(moving),
                 "optimizer": _on_cpu(optimizer.state_dict()),
                 "best": best.cpu(),
                 "best_step": best_step,
@@ -594,19 +594,19 @@ class UnlearnableDataModule(Derived):
         if not self._fitting:  # an evaluation waits for no images that it does not read
             return
         source, content = self.data.train_set, self._content()
-        drawn = self._drawn(source)
-        self.train_set = source
+        drawn, found = self._drawn(source), source
         if content is not None:
             self._of_images = key_of(content["images"])
             self._same_on_all_ranks()
             self.curve = content["curve"]
             rows = np.where(drawn.numpy(), np.arange(len(source)), -1)
-            self.train_set = ProtectedImages(source, content["images"], rows)
+            found = ProtectedImages(source, content["images"], rows)
         if self.mode in ("clean_only", "protected_only"):
             kept = drawn if self.mode == "protected_only" else ~drawn
             if not bool(kept.any()):
                 raise ValueError(f"mode={self.mode!r}, ratio={self.ratio}: leaves no image to train on")
-            self.train_set = self.train_set.select(torch.nonzero(kept).flatten().numpy())
+            found = found.select(torch.nonzero(kept).flatten().numpy())
+        self.train_set = found
 
     def state_dict(self) -> dict[str, Any]:
         return {"images": self._of_images}
@@ -758,10 +758,11 @@ class UnlearnableDataModule(Derived):
     def _same_on_all_ranks(self) -> None:
         if not active() or self.trainer is None:
             return
-        if from_rank_zero(self._of_images, self.trainer) != self._of_images:
+        differ = float(from_rank_zero(self._of_images, self.trainer) != self._of_images)
+        if float(all_sum(torch.tensor(differ, device=self.trainer.strategy.root_device))):  # an error on all ranks
             raise RecipeError(
-                "UnlearnableDataModule: the protected images here are not those of rank 0, so its cache_dir is another"
-                " disk; give a cache_dir that all nodes see"
+                "UnlearnableDataModule: the protected images are not the same on all ranks: cache_dir is not one disk;"
+                " give one that all nodes see"
             )
 
 
