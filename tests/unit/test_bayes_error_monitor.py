@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_recipes.callbacks import BayesErrorMonitor
 from lightning_recipes.callbacks.data.bayes_error import estimate
 from lightning_recipes.core.bayes_error import bayes_error
-from lightning_recipes.core.probe import drawn
+from lightning_recipes.core.probe import some_of
 from tests.stock import Classifier, Watch, in_two_ranks, loader, mlp, quiet, samples
 
 X, Y = samples(40)
@@ -67,7 +67,7 @@ def test_it_estimates_by_a_named_layer_on_the_validation_samples_with_another_ke
 
 def test_a_part_of_the_samples_is_drawn_once() -> None:
     kept = fitted(BayesErrorMonitor(max_samples=10), max_epochs=2)
-    chosen = list(drawn(40, 10, 0, "BayesErrorMonitor"))
+    chosen = list(some_of(40, 10, 0, "BayesErrorMonitor"))
     assert len(set(chosen)) == 10 and chosen == sorted(chosen) and chosen != list(range(10))
     assert kept.values == pytest.approx([by_hand(net[:4](X[chosen]), Y[chosen]) for net in kept.nets], abs=1e-6)
 

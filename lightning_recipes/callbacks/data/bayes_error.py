@@ -28,7 +28,7 @@ from lightning_recipes.core.errors import RecipeError, check_argument, speaking_
 from lightning_recipes.core.features import Taps, head_input
 from lightning_recipes.core.head_fit import where_to_fit
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.probe import Samples, bar, drawn, encode, samples_of, training_samples, validation_samples
+from lightning_recipes.core.probe import Samples, bar, encode, samples_of, some_of, training_samples, validation_samples
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.datamodules.unlearnable import PAPER
 
@@ -150,7 +150,7 @@ class BayesErrorMonitor(Recipe):
         self, trainer: pl.Trainer, module: pl.LightningModule, samples: Samples, most: int
     ) -> tuple[Tensor, Tensor]:
         """Features and labels of at most so many samples, the same ones on every rank."""
-        chosen = drawn(samples.total, most, self.seed, "BayesErrorMonitor")
+        chosen = some_of(samples.total, most, self.seed, "BayesErrorMonitor")
         found = encode(
             trainer,
             module,
