@@ -38,6 +38,7 @@ from benchmarks.claims import (
     slca,
     spurious_features,
     svfit,
+    unlearnable,
     wise_ft,
 )
 from benchmarks.claims.findings import Finding, measure, spread
@@ -64,6 +65,7 @@ EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "SLCA": [slca],
     "SVFit": [svfit],
     "SaRA": [sara],
+    "UnlearnableDataModule": [unlearnable],
     "WiSEFT": [wise_ft],
 }
 EVIDENCE = Path(lightning_recipes.__file__).parent / "evidence.json"
