@@ -13,6 +13,7 @@ from lightning_recipes.datamodules.superclasses import SuperclassDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
 from lightning_recipes.datamodules.two_classes import TwoClassDataModule
+from lightning_recipes.datamodules.xor_clusters import XORClusterDataModule
 
 __all__ = [
     "ArrayDataModule",
@@ -32,4 +33,5 @@ __all__ = [
     "TextDataModule",
     "TorchvisionDataModule",
     "TwoClassDataModule",
+    "XORClusterDataModule",
 ]
