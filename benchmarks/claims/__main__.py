@@ -38,6 +38,7 @@ from benchmarks.claims import (
     spurious_features,
     svfit,
     wise_ft,
+    xor_grokking,
 )
 from benchmarks.claims.findings import Finding, measure, spread
 
@@ -51,6 +52,7 @@ EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "GLAD": [glad],
     "GradientNoise": [gradient_noise],
     "InsertAttention": [insert_attention],
+    "GrokkingMonitor": [xor_grokking],
     "Guidance": [guidance],
     "LEVI": [levi],
     "LogitAdjustment": [logit_adjustment],
