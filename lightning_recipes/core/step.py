@@ -408,7 +408,10 @@ def observe(
 ) -> Replay:
     """What the module's own step makes of a batch, silently and with no recipe in it; for probes outside a step."""
     step = Step(trainer, module, stock_step(module), batch, rest_of_arguments(module, batch_idx), select=select)
-    return step.replay(batch)
+    with ExitStack() as undo:
+        if isinstance(select, str):
+            undo.callback(wrap_named(module, select))
+        return step.replay(batch)
 
 
 def stock_step(module: pl.LightningModule) -> Callable[..., Any]:

@@ -98,7 +98,7 @@ def test_adapters_of_another_recipe_stand_on_the_scaled_weights():
     before = weights(module)
     start = began(module, PEGO(2, 1, target_modules=["net.0", "net.2"], train_fully=["net.4"]), SmallInit(0.1))
     assert torch.equal(start["net.0.base_layer.weight"], 0.1 * before["net.0.weight"])
-    assert start["net.0.lora_A.default.weight"].abs().max() > 0.01
+    assert start["net.0.lora_A.g0.weight"].abs().max() > 0.01
 
 
 def refuse(_):
