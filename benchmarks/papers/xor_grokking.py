@@ -36,7 +36,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "weak": {"steps": 30, "data": {"mu_norm": math.sqrt(200)}},
     "large": {
         "steps": 3000,
-        "data": {"n": 100, "p": 2000, "mu_norm": math.sqrt(150), "eta": 0.1, "balanced": False},
+        "data": {"n": 100, "p": 2000, "mu_norm": math.sqrt(150), "eta": 0.1},
         "network": {"m": 64, "lr": 1e-3, "omega": 1e-2},
     },
 }
