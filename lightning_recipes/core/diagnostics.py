@@ -22,6 +22,7 @@ from torch import Tensor
 from lightning_recipes.core.batch import size_of
 from lightning_recipes.core.distributed import from_rank_zero, rank_and_world
 from lightning_recipes.core.errors import check_argument, speaking_for
+from lightning_recipes.core.evaluation import buffers_of_rank_zero
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.step import prefix
@@ -344,7 +345,7 @@ class Monitor(Recipe):
             run.left_out += 1
             run.skipped = [*run.skipped, now][:NAMED]
             return
-        with speaking_for(self):
+        with speaking_for(self), buffers_of_rank_zero(trainer):
             values = self.measure(trainer, module)
         run.budget.looked += passes
         run.history.add(now, values)
