@@ -30,6 +30,7 @@ from lightning_recipes.callbacks import (
     ExactResume,
     FreezeOut,
     GradientNoise,
+    GrokkingMonitor,
     Guidance,
     InsertAttention,
     LogitAdjustment,
@@ -73,6 +74,7 @@ class Case:
         saves: measure what the recipe adds to a checkpoint too.
         optimizer: makes that of all variants from the parameters.
         epochs: of a run; steps are timed in the last one.
+        validates: whether the fit has validation data, the training data again.
     """
 
     network: str
@@ -83,6 +85,7 @@ class Case:
     saves: bool = False
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW
     epochs: int = 1
+    validates: bool = False
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -255,6 +258,13 @@ CASES: dict[str, Case] = {
         lambda: [GradientNoise()],
         lambda: [GradientNoise(0.0)],
         lambda net, batches, amp: loops.noisy(net, batches, amp),
+    ),
+    # 32 samples more a step: a share that is counted, at a batch of 32, as a third of the run's work.
+    "GrokkingMonitor, every step": Case(
+        "resnet",
+        lambda: [GrokkingMonitor(16, every_n_steps=1)],
+        loop=lambda net, batches, amp: loops.watched(net, batches, amp),
+        validates=True,
     ),
     "NormalizedGD": Case(
         "resnet",

@@ -40,6 +40,7 @@ from benchmarks.claims import (
     svfit,
     unlearnable,
     wise_ft,
+    xor_grokking,
 )
 from benchmarks.claims.findings import Finding, measure, spread
 
@@ -54,6 +55,7 @@ EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "GLAD": [glad],
     "GradientNoise": [gradient_noise],
     "InsertAttention": [insert_attention],
+    "GrokkingMonitor": [xor_grokking],
     "Guidance": [guidance],
     "LEVI": [levi],
     "LogitAdjustment": [logit_adjustment],

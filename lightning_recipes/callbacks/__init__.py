@@ -10,6 +10,8 @@ from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.slca import SLCA
 from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
+from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
+from lightning_recipes.callbacks.diagnostics.small_init import SmallInit
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
 from lightning_recipes.callbacks.finetuning.levi import LEVI
@@ -51,6 +53,7 @@ __all__ = [
     "ForgettingMonitor",
     "FreezeOut",
     "GradientNoise",
+    "GrokkingMonitor",
     "Guidance",
     "InsertAttention",
     "LogitAdjustment",
@@ -63,5 +66,6 @@ __all__ = [
     "RobustAccuracyMonitor",
     "SVFit",
     "SaRA",
+    "SmallInit",
     "WiSEFT",
 ]

@@ -14,6 +14,7 @@ from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, Te
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
 from lightning_recipes.datamodules.two_classes import TwoClassDataModule
 from lightning_recipes.datamodules.unlearnable import UnlearnableDataModule
+from lightning_recipes.datamodules.xor_clusters import XORClusterDataModule
 
 __all__ = [
     "ArrayDataModule",
@@ -34,4 +35,5 @@ __all__ = [
     "TorchvisionDataModule",
     "TwoClassDataModule",
     "UnlearnableDataModule",
+    "XORClusterDataModule",
 ]

@@ -24,6 +24,7 @@ from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 from lightning_recipes.modules.small_cnn import SmallCNN
+from lightning_recipes.modules.two_layer_relu import TwoLayerReLU
 
 __all__ = [
     "AURC",
@@ -58,6 +59,7 @@ __all__ = [
     "SupConLoss",
     "SymmetricReLU",
     "TextClassifier",
+    "TwoLayerReLU",
     "UnifiedClassifier",
     "aurc",
     "harmonic_mean",

@@ -128,7 +128,7 @@ def test_what_the_budget_does_not_allow_is_left_out_and_said(caplog: pytest.LogC
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         fit(monitor, epochs=2)
     assert monitor.history.steps == [2, 4, 6, 8]
-    assert monitor.skipped == [0, 1, 3, 5, 7]
+    assert monitor.left_out == 5
     assert monitor.spent == pytest.approx(24 / 96)
     assert "5 of 9 measurements were left out for budget=0.25, at steps 0, 1, 3, 5, 7." in monitor.verdict
     assert monitor.verdict in caplog.text
@@ -161,7 +161,7 @@ def test_a_resumed_run_measures_and_skips_what_the_whole_run_did(at: int, tmp_pa
         Classifier(), loader(X, Y, size=4), ckpt_path=str(tmp_path / f"step={at}.ckpt")
     )
     assert resumed.state() == whole.state()
-    assert whole.skipped and whole.history.steps
+    assert whole.left_out and whole.history.steps
     assert resumed.verdict == whole.verdict
 
 
