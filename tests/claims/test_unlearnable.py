@@ -9,7 +9,7 @@ pytestmark = pytest.mark.claim
 
 
 def test_a_protected_set_teaches_little_and_adds_nothing_to_a_clean_one() -> None:
-    findings = experiment.check(measure(experiment, 2))
+    findings = experiment.check(measure(experiment, 1))
     assert len(findings) == 4
     missed = [str(finding) for finding in findings if not finding.holds]
     assert not missed, "\n".join(missed)
