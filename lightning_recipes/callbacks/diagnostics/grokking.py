@@ -501,6 +501,16 @@ class GrokkingMonitor(Monitor):
         if self.stop_after_generalisation and self._phase == 2:
             trainer.should_stop = True
 
+    def state(self) -> dict[str, Any]:
+        # those of the data at hand when the fit began, which a later phase may not have any more
+        centroids = isinstance(self.directions, str) and not self.directions.endswith(".pt")
+        return {**super().state(), "centroids": self._along if centroids else None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        if state["centroids"] is not None:
+            self._along = state["centroids"]
+
     def picture(self, path: Path, title: str) -> None:
         names = ("train_acc", "val_acc", "noisy_fit", "linear_share", "align_mean")
         self.history.draw(path, title, self.ylabel, log_x=self.geometric_steps, names=names)
