@@ -1,6 +1,6 @@
 """Figure of the XOR-grokking paper: accuracy against steps on a log axis, over seeds, from small and large weights.
 
-``python -m benchmarks.papers.xor_grokking`` trains every arm over five seeds on one core (about a minute and a half),
+``python -m benchmarks.papers.xor_grokking`` trains every arm over five seeds on one core (about three minutes),
 prints a table, draws ``xor_grokking.png`` and writes ``xor_grokking.json`` beside this file. Nothing is downloaded.
 
     small   the paper's setting as the method card has it: fitted after one step at chance, right by step 10

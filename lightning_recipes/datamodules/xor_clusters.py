@@ -12,7 +12,7 @@ Everything is invariant to rotations, so mu1 and mu2 lie along the first two axe
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -113,7 +113,7 @@ class XORClusterDataModule(DataModule):
         n_val: samples of the validation set, and of the test set.
         seed: of all draws.
         label_dtype: "pm1" for labels -1 and 1 in fp32, "long" for 0 and 1 in int64.
-        **kwargs: those of `DataModule`, but for batch_size.
+        num_workers: worker processes of each loader.
 
     Raises:
         ValueError: for bad arguments.
@@ -135,10 +135,10 @@ class XORClusterDataModule(DataModule):
         n_val: int = 1000,
         seed: int = 0,
         label_dtype: Literal["pm1", "long"] = "pm1",
-        **kwargs: Any,
+        num_workers: int = 0,
     ) -> None:
         require(n >= 4, "n", n, "at least 4")
-        super().__init__(batch_size=n, seed=seed, **kwargs)
+        super().__init__(batch_size=n, num_workers=num_workers, seed=seed)
         require(p >= 2, "p", p, "at least 2")
         require(mu_norm > 0 and math.isfinite(mu_norm), "mu_norm", mu_norm, "positive")
         require(0 <= eta < 0.5, "eta", eta, "at least 0 and below 0.5: with half of the labels flipped none is left")

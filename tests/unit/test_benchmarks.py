@@ -57,7 +57,7 @@ def same_noise(monkeypatch):
         monkeypatch.setattr(torch, "rand_like", lambda x, **dtype: torch.rand(x.shape, generator=generator))
         draws = random.Random(1)
         monkeypatch.setattr(loops, "random", draws)
-        monkeypatch.setattr(torch, "randperm", lambda count: torch.tensor(draws.sample(range(count), count)))
+        monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.tensor(draws.sample(range(count), count)))
 
     def mix_by_hand(mixing, recipe, step, x):
         alpha = getattr(recipe, "mixup_alpha", recipe.alpha)

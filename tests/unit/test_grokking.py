@@ -276,6 +276,9 @@ def test_centroids_of_the_probe_are_directions(directions, count):
     expected = alignment(module.net[0].weight.detach(), monitor._along).mean()
     assert monitor.history.values["align_mean"][-1] == pytest.approx(float(expected))
     assert "align_mean_pos" not in monitor.history.values, "several outputs have no one sign"
+    later = GrokkingMonitor(directions=directions)
+    later.load_state(monitor.state())
+    assert torch.equal(later._along, monitor._along) and later.state()["history"] == monitor.state()["history"]
 
 
 def test_flipped_labels_are_found_below_a_subset():

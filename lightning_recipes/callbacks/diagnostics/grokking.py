@@ -222,7 +222,7 @@ class GrokkingMonitor(Monitor):
             without biases, about the probe's mean otherwise.
         directions: to align the first layer with: ``[K, p]``, the path of a .pt file with that, 'classes' or
             'kmeans:K' for centroids of the training probe; None does not measure it.
-        first_layer: dotted path of that layer; None for the first Linear layer as wide as the directions.
+        first_layer: dotted path of that layer; None for the first Linear layer of the module.
         stop_after_generalisation: end the fit once it is fitted and generalised.
         budget: add at most this share to the run's work, counted in forward passes, and leave out what is more; None
             for no limit.
@@ -353,14 +353,14 @@ class GrokkingMonitor(Monitor):
             )
 
     def _check_directions(self, module: pl.LightningModule, directions: Tensor) -> None:
-        layer = self._first_layer(module, directions)
+        layer = self._first_layer(module)
         if directions.dim() != 2 or layer.weight.shape[1] != directions.shape[1]:
             raise RecipeError(
                 f"directions must be (K, p) with p={layer.weight.shape[1]}, the first layer's"
                 f" in_features; got {tuple(directions.shape)}"
             )
 
-    def _first_layer(self, module: pl.LightningModule, directions: Tensor) -> nn.Module:
+    def _first_layer(self, module: pl.LightningModule) -> nn.Module:
         if self.first_layer is not None:
             layer = part_of(module, self.first_layer)
             if getattr(getattr(layer, "weight", None), "dim", lambda: 0)() != 2:
@@ -371,7 +371,7 @@ class GrokkingMonitor(Monitor):
         linear = [part for part in module.modules() if isinstance(part, nn.Linear)]
         if not linear:
             raise RecipeError("there is no Linear layer to align with directions; name first_layer")
-        return next((layer for layer in linear if layer.in_features == directions.shape[-1]), linear[0])
+        return linear[0]
 
     def _centroids(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Samples) -> Tensor:
         now: dict[str, Tensor] = {}
@@ -460,7 +460,7 @@ class GrokkingMonitor(Monitor):
         return (all_sum(total) / all_sum(total.new_tensor(count))).to(dtype)
 
     def _alignment(self, module: pl.LightningModule) -> dict[str, float]:
-        layer = self._first_layer(module, self._along)
+        layer = self._first_layer(module)
         cosines = alignment(layer.weight.detach(), self._along.to(layer.weight.device))
         values = {"align_mean": float(cosines.mean())}
         linear = [part for part in module.modules() if isinstance(part, nn.Linear) and part is not layer]
@@ -500,6 +500,16 @@ class GrokkingMonitor(Monitor):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self.stop_after_generalisation and self._phase == 2:
             trainer.should_stop = True
+
+    def state(self) -> dict[str, Any]:
+        # those of the data at hand when the fit began, which a later phase may not have any more
+        centroids = isinstance(self.directions, str) and not self.directions.endswith(".pt")
+        return {**super().state(), "centroids": self._along if centroids else None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        if state["centroids"] is not None:
+            self._along = state["centroids"]
 
     def picture(self, path: Path, title: str) -> None:
         names = ("train_acc", "val_acc", "noisy_fit", "linear_share", "align_mean")
