@@ -9,6 +9,7 @@ from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.slca import SLCA
+from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
 from lightning_recipes.callbacks.finetuning.levi import LEVI
@@ -42,6 +43,7 @@ __all__ = [
     "ClassWeights",
     "CosineHead",
     "CutMix",
+    "DataDiet",
     "DropBlock",
     "ExactResume",
     "ForgettingMonitor",
@@ -56,6 +58,7 @@ __all__ = [
     "PrePostMonitor",
     "ProgressiveUnfreezing",
     "ProjectionHead",
+    "PruneTrainSet",
     "RobustAccuracyMonitor",
     "SVFit",
     "SaRA",
