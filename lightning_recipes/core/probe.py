@@ -107,13 +107,19 @@ def samples_of(
     return Samples(plain, share, len(chosen))
 
 
+def read(dataset: Any, indices: Sequence[int]) -> Any:
+    """Samples of a data set as a loader's ``collate_fn`` gets them."""
+    several = getattr(dataset, "__getitems__", None)
+    return several(list(indices)) if several else [dataset[i] for i in indices]
+
+
 def reads_anew(dataset: Any, most: int = 4) -> bool:
     """Whether a data set gives other inputs each time that it is read (a random transform), by its first few samples.
 
     The global random state, and that of generators that the data set holds, end as they began.
     """
     with random.forked(torch.device("cpu")), random.held_left_alone(dataset):
-        first, again = ([dataset[i] for i in range(min(most, len(dataset)))] for _ in range(2))
+        first, again = (read(dataset, range(min(most, len(dataset)))) for _ in range(2))
     pairs = zip(tree_leaves(first), tree_leaves(again))
     return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs)
 

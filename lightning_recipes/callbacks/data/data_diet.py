@@ -55,7 +55,7 @@ from lightning_recipes.core.features import Taps, head_input
 from lightning_recipes.core.labels import as_indices, known_labels, labels_in, labels_of, training_set
 from lightning_recipes.core.outputs import logits_in, part_of
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.probe import Samples, bar, encode, reads_anew, samples_of, training_samples
+from lightning_recipes.core.probe import Samples, bar, encode, read, reads_anew, samples_of, training_samples
 from lightning_recipes.core.recipe import Paper, Recipe, StepRecipe
 from lightning_recipes.core.sample_ids import SampleIds, root_of
 from lightning_recipes.core.sample_table import SampleTable, of_all_ranks
@@ -507,6 +507,7 @@ class DataDiet(StepRecipe):
 
     def _compute(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         with speaking_for(self):
+            samples = self._samples(trainer)
             if self._table is not None:
                 dataset: Any = training_set(trainer)
                 rows, _ = self._table.read(torch.arange(self._table.samples))
@@ -514,10 +515,8 @@ class DataDiet(StepRecipe):
                 scores = forgetting(rows).cpu()
                 self.scores, self.labels = (scores if root is None else scores[root]), labels_of(dataset)
             else:
-                samples = self._samples(trainer)
                 self.scores, self.labels = self._pass(trainer, module, samples, bar(trainer, "scoring"))
-                dataset = samples.loader.dataset
-            self.path = decided_on_rank_zero(lambda: self._keep(trainer, dataset), trainer)
+            self.path = decided_on_rank_zero(lambda: self._keep(trainer, samples.loader), trainer)
         log_values(trainer, self._summary())
         if self.stop_after:
             trainer.should_stop = True
@@ -608,7 +607,7 @@ class DataDiet(StepRecipe):
             if labels is not None:
                 _check_labels(content["labels"], labels, self._artefact(total).path)
 
-    def _keep(self, trainer: pl.Trainer, dataset: Any) -> Path | None:
+    def _keep(self, trainer: pl.Trainer, loader: DataLoader) -> Path | None:
         """On rank 0: into the file, into words and into a picture."""
         path, runs = None, 1
         if self.out is not None:
@@ -622,7 +621,7 @@ class DataDiet(StepRecipe):
         )
         folder = where_to_draw(trainer)
         if self.draw and folder is not None:
-            self._draw(folder / f"data_diet_{self.score}.png", dataset)
+            self._draw(folder / f"data_diet_{self.score}.png", loader)
         return path
 
     def _added(self, content: Content | None) -> Content:
@@ -635,17 +634,21 @@ class DataDiet(StepRecipe):
         runs = [content["runs"][i] for i in kept] + [self._run_name]
         return {**content, "runs": runs, "values": torch.cat([content["values"][kept], self.scores[None]])}
 
-    def _draw(self, path: Path, dataset: Any, most: int = 12) -> None:
+    def _draw(self, path: Path, loader: DataLoader, most: int = 12) -> None:
         order = suspicious(self.scores, len(self.scores)).tolist()
-        rows = {}
-        with random.forked(torch.device("cpu")), random.held_left_alone(dataset):
-            for name, chosen in (("hardest", order[:most]), ("easiest", order[::-1][:most])):
-                images = [_image(dataset[i]) for i in chosen]
-                if any(image is None for image in images):
-                    return
-                words = [f"{i}: {int(self.labels[i])}\n{float(self.scores[i]):.2f}" for i in chosen]
-                rows[name] = list(zip(images, words))
-        draw_images(path, rows, f"{self.score} after {self.at_epoch} epochs (index: label, score)", most)
+        chosen = {"hardest": order[:most], "easiest": order[::-1][:most]}
+        with random.forked(torch.device("cpu")), random.held_left_alone(loader.dataset):
+            batches = [loader.collate_fn(read(loader.dataset, places)) for places in chosen.values()]
+        try:
+            inputs = [get_input(batch) for batch in batches]
+        except RecipeError:
+            return
+        if all(is_picture(image) for images in inputs for image in images):
+            words = {
+                k: [f"{i}: {self.labels[i]}\n{self.scores[i]:.2f}" for i in places] for k, places in chosen.items()
+            }
+            rows = {name: list(zip(images, words[name])) for name, images in zip(chosen, inputs)}
+            draw_images(path, rows, f"{self.score} after {self.at_epoch} epochs (index: label, score)", most)
 
     def _summary(self) -> dict[str, float]:
         finite = self.scores[self.scores.isfinite()].double()
@@ -838,14 +841,6 @@ def _check_labels(there: Tensor, here: Tensor, path: Path) -> None:
             f"the labels of the training set are not those of the scores in {path} ({count} differ); scores of other"
             " data go to another folder"
         )
-
-
-def _image(item: Any) -> Tensor | None:
-    try:
-        value = get_input(item)
-    except RecipeError:
-        return None
-    return value if is_picture(value) else None
 
 
 def _quantiles(values: Tensor, at: Sequence[float]) -> list[float]:
