@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.features import Taps
-from lightning_recipes.core.probe import encode, training_samples
-from tests.stock import Classifier, Watch, mlp, quiet, same, samples, weights
+from lightning_recipes.core.probe import encode, reads_anew, samples_of, training_samples
+from tests.stock import Classifier, Watch, in_two_ranks, mlp, quiet, same, samples, weights
 
 X, Y = samples(14)
 
@@ -134,14 +131,13 @@ def test_features_that_are_no_vectors_are_an_error():
     quiet(callbacks=[Watch(on_train_start=look)]).fit(Classifier(), DataLoader(TensorDataset(X, Y), 4))
 
 
-def _rank(rank, port, path):
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(rank, path):
     found = []
     trainer = quiet(
         devices=2,
         strategy="ddp",
         callbacks=[encoding(found, lambda trainer: trainer.global_step == 1)],
-        plugins=_environment(),
+        plugins=LightningEnvironment(),
         limit_train_batches=1,
     )
     torch.manual_seed(0)
@@ -150,23 +146,9 @@ def _rank(rank, port, path):
     torch.save((found[0].features["z"], found[0].targets), f"{path}/rank{rank}.pt")
 
 
-def _environment():
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
-    return LightningEnvironment()
-
-
 @pytest.mark.ddp
 def test_two_ranks_share_the_work_and_both_get_all_of_it_in_order(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join(120)
+    in_two_ranks(_rank, tmp_path)
     torch.manual_seed(0)
     module = Classifier(WithDropout()).eval()
     expected = module.net[2][:2](module.net[0](X)).detach()
@@ -174,3 +156,39 @@ def test_two_ranks_share_the_work_and_both_get_all_of_it_in_order(tmp_path):
         features, targets = torch.load(tmp_path / f"rank{rank}.pt")
         assert torch.equal(targets, Y)
         assert torch.allclose(features, expected, atol=1e-6)
+
+
+class PartOfPlain(Plain):
+    """A part of a part of the training set is shown."""
+
+    def train_dataloader(self):
+        return DataLoader(Subset(Subset(Noisy(X, Y), [9, 3, 5, 1]), [2, 0]), 2)
+
+
+def test_of_a_part_of_the_training_set_the_plain_samples_are_read():
+    found = []
+    look = Watch(on_train_start=lambda trainer, module: found.append(list(training_samples(trainer))))
+    quiet(callbacks=[look]).fit(Classifier(), datamodule=PartOfPlain())
+    (((x, y), share),) = found[0]
+    assert torch.equal(x, X[[5, 9]]) and torch.equal(y, Y[[5, 9]]) and share == [0, 1]
+
+
+def test_a_random_transform_is_seen_and_leaves_no_trace():
+    class Own(TensorDataset):
+        def __init__(self):
+            super().__init__(X, Y)
+            self.own = torch.Generator().manual_seed(1)
+
+        def __getitem__(self, index):
+            return X[index] + torch.rand((), generator=self.own), Y[index]
+
+    own = Own()
+    states = torch.get_rng_state(), own.own.get_state()
+    assert reads_anew(Noisy(X, Y)) and reads_anew(own) and not reads_anew(TensorDataset(X, Y))
+    assert torch.equal(states[0], torch.get_rng_state()) and torch.equal(states[1], own.own.get_state())
+
+
+def test_samples_are_read_in_batches_of_the_callers_own():
+    data = DataLoader(TensorDataset(X, Y), 4, num_workers=1)
+    samples = samples_of(data, batch_size=5, num_workers=0)
+    assert [len(x) for (x, _), _ in samples] == [5, 5, 4] and samples.loader.num_workers == 0

@@ -47,7 +47,7 @@ from lightning_recipes.core.artefacts import Artefact, Content, content_at, key_
 from lightning_recipes.core.batch import describe, get_input
 from lightning_recipes.core.criterion import wrap_named
 from lightning_recipes.core.data import SamplesKept
-from lightning_recipes.core.diagnostics import draw_images, is_picture, log_values, where_to_draw
+from lightning_recipes.core.diagnostics import draw_images, is_picture, log_text, log_values, where_to_draw
 from lightning_recipes.core.distributed import active, decided_on_rank_zero, rank_and_world
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.evaluation import classified
@@ -391,6 +391,8 @@ class DataDiet(StepRecipe):
         """That they were scored with, int64 ``[n]``."""
         self.path: Path | None = None
         """Of the file that they are in."""
+        self.verdict: str | None = None
+        """What they come to, in words."""
         self._run_name = ""
         self._trainer: pl.Trainer | None = None  # while a fit goes on
         self._resumed = False
@@ -516,8 +518,12 @@ class DataDiet(StepRecipe):
                 self.scores, self.labels = (scores if root is None else scores[root]), labels_of(dataset)
             else:
                 self.scores, self.labels = self._pass(trainer, module, samples, bar(trainer, "scoring"))
-            self.path = decided_on_rank_zero(lambda: self._keep(trainer, samples.loader), trainer)
+            folder = where_to_draw(trainer)  # asks all ranks
+            kept = decided_on_rank_zero(lambda: self._keep(samples.loader, folder), trainer)
+        self.path, self.verdict = kept
         log_values(trainer, self._summary())
+        log_text(trainer, "data_diet/verdict", self.verdict)
+        rank_zero_info(f"DataDiet: {self.verdict}")
         if self.stop_after:
             trainer.should_stop = True
 
@@ -607,22 +613,25 @@ class DataDiet(StepRecipe):
             if labels is not None:
                 _check_labels(content["labels"], labels, self._artefact(total).path)
 
-    def _keep(self, trainer: pl.Trainer, loader: DataLoader) -> Path | None:
-        """On rank 0: into the file, into words and into a picture."""
-        path, runs = None, 1
+    def _keep(self, loader: DataLoader, folder: Path | None) -> tuple[Path | None, str]:
+        """On rank 0: into the file, into a picture and into words."""
+        path, where = None, ""
         if self.out is not None:
             artefact = self._artefact(len(self.scores))
             path, runs = artefact.path, len(artefact.update(self._added)["runs"])
-        most = suspicious(self.scores, 5).tolist()
-        where = "" if path is None else f"; {runs} run{'s' if runs > 1 else ''} in {path}"
-        rank_zero_info(
-            f"DataDiet: {self.score} of {len(self.scores)} examples after {self.at_epoch} epochs, median"
-            f" {float(self.scores.median()):.3g}; the hardest, or mislabelled, are {most}{where}"
-        )
-        folder = where_to_draw(trainer)
+            where = f" {runs} run{'s' if runs > 1 else ''} in {path}."
         if self.draw and folder is not None:
             self._draw(folder / f"data_diet_{self.score}.png", loader)
-        return path
+        return path, self._in_words() + where
+
+    def _in_words(self) -> str:
+        hardest, total = suspicious(self.scores, 5).tolist(), len(self.scores)
+        found = (
+            f"{self.score} of {total} examples after {self.at_epoch} epochs, median {float(self.scores.median()):.3g}."
+        )
+        if self.score == "el2n" and (above := int((self.scores > 1).sum())):
+            found += f" {above} are above 1, which takes a confident wrong answer."
+        return f"{found} The hardest, to be looked at first, are {hardest}."
 
     def _added(self, content: Content | None) -> Content:
         if content is None:
