@@ -166,5 +166,5 @@ def test_a_file_is_read_by_its_path_or_by_its_folder(tmp_path: Path) -> None:
     Artefact(tmp_path, "scores", {"seed": 1}).save({"x": 3})
     with pytest.raises(RecipeError, match=r"holds 2 files \(scores-\w+\.pt, scores-\w+\.pt\); name the one"):
         content_at(tmp_path)
-    with pytest.raises(RecipeError, match="there is no file .*nothing.pt"):
+    with pytest.raises(RecipeError, match=r"there is no file .*nothing\.pt"):
         content_at(tmp_path / "nothing.pt")

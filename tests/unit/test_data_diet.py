@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import socket
 import warnings
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
 from torch.utils.data import (
     DataLoader,
@@ -40,7 +38,7 @@ from lightning_recipes.callbacks.data.data_diet import (
     suspicious,
 )
 from lightning_recipes.core.errors import RecipeError
-from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
+from tests.stock import Classifier, Watch, in_two_ranks, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(14)
 Z = torch.tensor([0.1, 0.9, 0.5, 0.3])
@@ -617,34 +615,27 @@ def test_fewer_steps_than_the_full_run_are_warned_of_and_as_many_are_not():
 # -- two processes ---------------------------------------------------------------------------------------------------
 
 
-def _rank(rank, port, path):
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(rank, path):
     found = []
     for score in ("el2n", "grand"):
-        recipe = DataDiet(score, 0, batch_size=3)
+        recipe = DataDiet(score, 0, batch_size=3, out=f"{path}/{score}")
+        data = DataLoader(TensorDataset(X[:13], Y[:13]), 4, shuffle=True)
         two = {"devices": 2, "strategy": "ddp", "plugins": LightningEnvironment()}
-        fit(Classifier(), recipe, data=DataLoader(TensorDataset(X[:13], Y[:13]), 4, shuffle=True), **two)
-        found.append((recipe.scores, recipe.labels))
+        fit(Classifier(), recipe, data=data, logger=CSVLogger(path, version=score), **two)
+        found.append((recipe.scores, recipe.labels, recipe.verdict))
     torch.save(found, f"{path}/rank{rank}.pt")
 
 
 @pytest.mark.ddp
 def test_two_ranks_give_the_scores_of_one_also_where_they_have_not_as_many_samples(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join(120)
+    in_two_ranks(_rank, tmp_path)
     expected = el2n(mlp()(X), Y), grand(mlp(), (X,), Y)
-    for rank in range(2):
-        for (scores, labels), by_hand in zip(torch.load(f"{tmp_path}/rank{rank}.pt"), expected):
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for found in ranks:
+        for (scores, labels, _), by_hand in zip(found, expected):
             assert torch.allclose(scores, by_hand[:13], atol=1e-6) and torch.equal(labels, Y[:13])
+    assert ranks[0][0][2] == ranks[1][0][2] and "1 run in" in ranks[0][0][2]
+    assert len(read_scores(tmp_path / "grand").runs) == 1
 
 
 # -- what cannot be scored -------------------------------------------------------------------------------------------
