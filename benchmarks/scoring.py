@@ -1,8 +1,8 @@
 """``python -m benchmarks.scoring``: what it takes to score training examples, and what a loop over them would take.
 
 For each network the seconds of a thousand examples: a training step on them, for comparison; EL2N, a forward pass;
-GraNd of the last layer; and GraNd of all parameters, as DataDiet computes it and example by example with
-``autograd.grad``. Both GraNds are of the same examples and are compared. Nothing is asserted.
+GraNd of the last layer; and GraNd of all parameters: as DataDiet computes it, by ``torch.func`` alone, and example by
+example with ``autograd.grad``. The first and the last are of the same examples and are compared. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from benchmarks.cases import IMAGE_SIZE, NETWORKS, build
 from lightning_recipes.callbacks.data.data_diet import el2n, grand, grand_last
 from lightning_recipes.core.features import Taps, head_input
+from lightning_recipes.core.sample_gradients import SampleGradients
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 
-COLUMNS = ("training step", "el2n", "grand_last", "grand", "grand, one by one", "times as fast", "differ by")
+COLUMNS = ("training step", "el2n", "grand_last", "grand", "by torch.func", "one by one", "times as fast", "differ by")
 
 
 def networks(device: str) -> Iterator[tuple[str, nn.Module, tuple[int, ...], int]]:
@@ -37,6 +38,11 @@ def networks(device: str) -> Iterator[tuple[str, nn.Module, tuple[int, ...], int
     yield "ResNet-20 for CIFAR", CifarResNet(20), (3, 32, 32), 32
     for name in ("resnet", "vit"):
         yield NETWORKS[device][name][0], build(name), (3, IMAGE_SIZE[device], IMAGE_SIZE[device]), 32
+
+
+def each_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every example."""
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def one_by_one(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -83,10 +89,11 @@ def measure(net: nn.Module, shape: tuple[int, ...], chunk: int, count: int, repe
         "el2n": quick,
         "grand_last": last,
         "grand": lambda: grand(net, (x,), y, chunk=chunk),
-        "grand, one by one": lambda: one_by_one(net, x, y),
+        "by torch.func": lambda: SampleGradients(net, each_loss, chunk, layers=False).norms((x,), y),
+        "one by one": lambda: one_by_one(net, x, y),
     }
     row = {name: 1000 / count * seconds(work, repeats) for name, work in works.items()}
-    row["times as fast"] = row["grand, one by one"] / row["grand"]
+    row["times as fast"] = row["one by one"] / row["grand"]
     slow, fast = one_by_one(net, x, y), grand(net, (x,), y, chunk=chunk)
     row["differ by"] = float((slow - fast).abs().max() / slow.max())
     return row
@@ -101,11 +108,11 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; seconds a thousand examples\n\n{'network':28}" + "".join(f"{column:>19}" for column in COLUMNS))
+    print(f"{name}; seconds a thousand examples\n\n{'network':28}" + "".join(f"{column:>15}" for column in COLUMNS))
     results = {}
     for network, net, shape, chunk in networks(device):
         results[network] = row = measure(net, shape, chunk, options.count, options.repeats)
-        print(f"{network:28}" + "".join(f"{row[column]:19.3g}" for column in COLUMNS), flush=True)
+        print(f"{network:28}" + "".join(f"{row[column]:15.3g}" for column in COLUMNS), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps({"device": name, "networks": results}, indent=1), encoding="utf-8")
 

@@ -3,8 +3,9 @@
 ``LIGHTNING_RECIPES_DATA=... python -m benchmarks.papers.data_diet`` scores 10,000 training images of each set over
 several runs, trains anew on what is kept by the scores, on as many at random and on the easiest, with as many steps
 whatever is kept; then once more with a tenth of the labels wrong. It prints tables, writes ``data_diet.json`` beside
-this file and, with ``--pictures``, draws the hardest and the easiest images. The paper's own setting, a ResNet-18 on
-all of CIFAR-10, is configs/papers/data_diet_cifar10_scores.yaml and ..._prune.yaml.
+this file and, with ``--pictures``, draws the hardest and the easiest images. On one core Fashion-MNIST takes an MLP
+three minutes and CIFAR-10 a small convolutional network a quarter of an hour. The paper's own setting, a ResNet-18 on
+all of CIFAR-10, is configs/papers/data_diet_cifar10_scores.yaml and data_diet_cifar10_prune.yaml.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -38,16 +40,15 @@ from lightning_recipes.core.diagnostics import draw_images
 from lightning_recipes.modules import SmallCNN
 
 FILES = {"fashion_mnist": "fashion_mnist.npz", "cifar10": "cifar10_subset.npz"}
-TRAINING, BATCH, EPOCHS, AT_EPOCH, RUNS, SEEDS, NOISE = 10_000, 128, 12, 3, 4, 2, 0.1
-LR, WEIGHT_DECAY, WIDTH = 0.05, 5e-4, 16
-KEPT = (0.5, 0.3)
+TRAINING, BATCH, EPOCHS, AT_EPOCH, RUNS, SEEDS, NOISE = 10_000, 128, 10, 3, 4, 2, 0.1
+LR, WEIGHT_DECAY = 0.05, 5e-4
 ARMS: dict[str, dict[str, object]] = {
     "all": {"keep": 1.0},
-    **{
-        f"{words} {share:.0%}": {"keep": share, "mode": mode}
-        for share in KEPT
-        for words, mode in (("hardest", "keep_max"), ("random", "random"), ("easiest", "keep_min"))
-    },
+    "hardest 70%": {"keep": 0.7, "mode": "keep_max"},
+    "random 70%": {"keep": 0.7, "mode": "random"},
+    "hardest 50%": {"keep": 0.5, "mode": "keep_max"},
+    "random 50%": {"keep": 0.5, "mode": "random"},
+    "easiest 50%": {"keep": 0.5, "mode": "keep_min"},
 }
 NOISY_ARMS: dict[str, dict[str, object]] = {
     "all": {"keep": 1.0},
@@ -70,6 +71,21 @@ class Bytes(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         return self.x[indices].float() / 255, self.y[indices]
+
+
+def mlp(pixels: int) -> nn.Module:
+    """Two hidden layers, for grey images."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(pixels, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
+
+
+def cnn(pixels: int) -> nn.Module:
+    """Three convolutions for colour images, few and large steps, so that a run takes half a minute on one core."""
+    return SmallCNN(in_chans=3, width=8).to(memory_format=torch.channels_last)
+
+
+NETWORKS = {1: mlp, 3: cnn}  # by channels
 
 
 @cache
@@ -101,7 +117,7 @@ def with_wrong_labels(y: Tensor) -> tuple[Tensor, Tensor]:
 def trained(seed: int, dataset: Bytes, callback: DataDiet | PruneTrainSet) -> nn.Module:
     """A network after the steps of all arms, or after as many as a score needs."""
     steps = EPOCHS * (TRAINING // BATCH)
-    network = partial(SmallCNN, in_chans=dataset.x.shape[1], width=WIDTH)
+    network = partial(NETWORKS[dataset.x.shape[1]], math.prod(dataset.x.shape[1:]))
     cycle = lambda optimizer, _: OneCycleLR(optimizer, LR, total_steps=steps, cycle_momentum=False)  # noqa: E731
     return train(seed, dataset, callback, steps, network, BATCH, cycle, lr=LR, weight_decay=WEIGHT_DECAY)
 

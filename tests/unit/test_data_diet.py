@@ -351,7 +351,7 @@ class OfDicts(Classifier):
         super().__init__(Joined())
 
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch["a"] * 2, b=batch["b"]).logits, batch["labels"])
+        return F.cross_entropy(self.net(batch["a"] * 2, b=batch["b"]).logits.view(-1, 3), batch["labels"])
 
 
 class Output(dict):
@@ -656,10 +656,10 @@ def test_a_network_that_cannot_be_vectorised_is_told_of():
     class Branches(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = mlp()
+            self.net, self.scale = mlp(), nn.Parameter(torch.ones(6))
 
         def forward(self, x):
-            return self.net(x) if x.sum().item() > 0 else self.net(-x)
+            return self.net(x * self.scale) if x.sum().item() > 0 else self.net(-x)
 
     with pytest.raises(RecipeError, match=r"cannot be computed example by example through .*; use score='grand_last'"):
         fit(Classifier(Branches()), DataDiet("grand", 1))

@@ -19,8 +19,9 @@ the whole set. Ties are broken by index, so that every process keeps the same.
 Of the paper one figure does not stand: GraNd at initialisation does not beat a random choice. Its code scored a trained
 network there (A. Kirsch, 2023, https://arxiv.org/abs/2303.14753). ``at_epoch=0`` is the truth, with a warning.
 
-Costs for el2n and grand_last a forward pass over the training set a run; for grand one backward pass an example more,
-in chunks whose gradients are held at once; for forgetting three numbers a sample and no pass.
+Costs for el2n and grand_last a forward pass over the training set a run; for grand a backward pass in batches, of which
+linear layers, convolutions and normalisations give every example's norm without its gradient (core.sample_gradients),
+while what is in no such layer is differentiated example by example; for forgetting three numbers a sample and no pass.
 """
 
 from __future__ import annotations
@@ -36,10 +37,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.func import grad as gradient_of
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_recipes.core import random
@@ -57,6 +55,7 @@ from lightning_recipes.core.outputs import logits_in, part_of
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.probe import Samples, bar, encode, read, reads_anew, samples_of, training_samples
 from lightning_recipes.core.recipe import Paper, Recipe, StepRecipe
+from lightning_recipes.core.sample_gradients import SampleGradients
 from lightning_recipes.core.sample_ids import SampleIds, root_of
 from lightning_recipes.core.sample_table import SampleTable, of_all_ranks
 from lightning_recipes.core.silence import silent
@@ -135,37 +134,24 @@ def grand(
 ) -> Tensor:
     """Norm of every example's gradient of cross-entropy with respect to all trainable parameters.
 
-    One vectorised backward pass a chunk (``torch.func``); no ``.grad`` is touched. The network's mode is the caller's
-    business: in train mode batch norm makes an example's gradient depend on its batch.
+    No ``.grad`` is touched. The network's mode is the caller's business: in train mode batch norm makes an example's
+    gradient depend on its batch.
 
     Args:
         network: gives logits ``[n, classes]``, or an output that holds them under 'logits'.
         args, kwargs: of its call; tensors whose first axis is n long are one entry an example, all else is shared.
         targets: class indices ``[n]`` or probabilities ``[n, classes]``.
-        chunk: examples whose gradients are held at once, that many times the size of the parameters; None all.
+        chunk: examples at once; None all.
 
     Returns:
         fp32 ``[n]``.
     """
-    trained = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
-    leaves, tree = tree_flatten((args, dict(kwargs or {})))
-    own = [i for i, each in enumerate(leaves) if isinstance(each, Tensor) and each.dim() and len(each) == len(targets)]
+    return SampleGradients(network, _each_cross_entropy, chunk).norms(args, targets, kwargs)
 
-    def loss(parameters: dict[str, Tensor], one: list[Tensor], target: Tensor) -> Tensor:
-        filled = list(leaves)
-        for place, value in zip(own, one):
-            filled[place] = value[None]
-        call_args, call_kwargs = tree_unflatten(filled, tree)
-        output = functional_call(network, parameters, call_args, call_kwargs)
-        logits = output if isinstance(output, Tensor) else logits_in(output)
-        return F.cross_entropy(logits.float(), target[None])
 
-    def norm(one: list[Tensor], target: Tensor) -> Tensor:
-        gradients = gradient_of(loss)(trained, one, target)
-        return torch.stack([g.float().square().sum() for g in gradients.values()]).sum().sqrt()
-
-    chunk = None if chunk is None else min(chunk, len(targets))
-    return vmap(norm, chunk_size=chunk, randomness="different")([leaves[i].detach() for i in own], targets)
+def _each_cross_entropy(output: Any, targets: Tensor) -> Tensor:
+    logits = output if isinstance(output, Tensor) else logits_in(output)
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def _probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,7 +316,8 @@ class DataDiet(StepRecipe):
         at_epoch: complete epochs before scoring; 0 is at initialisation.
         dataset: the training set in the same order and without augmentation, where the loader's own has some.
         batch_size, num_workers: of the pass over the data.
-        grad_chunk: examples whose gradients 'grand' holds at once, that many times the size of the parameters.
+        grad_chunk: examples that 'grand' takes at once; the gradients that no layer gives the norm of are held, so many
+            times the size of their parameters.
         out: folder of the file of scores, which takes one row a run; None keeps none.
         run: name of this run in the file; None makes one of the weights and the random state that it begins with.
         stop_after: end the fit once the scores are there.
@@ -702,6 +689,7 @@ class _Reader:
         self.recipe, self.trainer, self.module = recipe, trainer, module
         self._undo = ExitStack()
         self._network: str | None = None  # that GraNd goes through, once it is found
+        self._gradients: SampleGradients | None = None
         self._called = False  # whether its own call in the training step is repeated
         self._last: tuple[Taps, nn.Linear] | None = None
 
@@ -753,7 +741,7 @@ class _Reader:
 
                 hooks.callback(part.register_forward_hook(keep, with_kwargs=True).remove)
             seen = self._observed(batch, number)
-        gave = [call for call in calls if call[3] is seen.logits]
+        gave = [call for call in calls if _the_same(call[3], seen.logits)]
         if self._network is None:
             self._find_network(batch, seen, gave[-1][0] if gave else None)
         if not self._called:
@@ -811,10 +799,11 @@ class _Reader:
 
     def _grand(self, seen: _Seen) -> Tensor:
         network = self.module.get_submodule(self._network)
-        args, kwargs = tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (seen.args, seen.kwargs or {}))
+        if self._gradients is None:
+            self._gradients = SampleGradients(network, _each_cross_entropy, self.recipe.grad_chunk)
         try:
             with silent(self.module):
-                return grand(network, args, seen.targets.detach(), kwargs, self.recipe.grad_chunk)
+                return self._gradients.norms(seen.args, seen.targets.detach(), seen.kwargs)
         except (RuntimeError, ValueError) as error:
             if isinstance(error, (torch.OutOfMemoryError, RecipeError)):
                 raise
@@ -834,6 +823,11 @@ class _Reader:
                 " something else: use score='el2n'"
             )
         return grand_last(logits, targets, features, head.bias is not None)
+
+
+def _the_same(output: Tensor | None, logits: Tensor) -> bool:
+    """Whether a part gave these logits; a loss may get a view of them."""
+    return output is not None and output.shape == logits.shape and output.data_ptr() == logits.data_ptr()
 
 
 def _name_of(module: nn.Module) -> str:

@@ -63,14 +63,14 @@ class Stream(IterableDataset):
 
 
 class Branches(nn.Module):
-    """Asks for a number in its forward."""
+    """Asks for a number in its forward, and has a parameter that is in no layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = mlp()
+        self.net, self.scale = mlp(), nn.Parameter(torch.ones(6))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) if x.sum().item() > 0 else self.net(-x)
+        return self.net(self.scale * x) if x.sum().item() > 0 else self.net(-x)
 
 
 class TwoParts(Classifier):
