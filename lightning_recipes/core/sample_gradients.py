@@ -76,23 +76,21 @@ class SampleGradients:
         return torch.cat(found).sqrt()
 
     def _look(self, call: Callable[..., Any], filled: list[Any], targets: Tensor) -> None:
-        """Keep the layers that are called once, on one row a sample; none if what they give is not the gradient's."""
+        """Keep the layers that are called once, on one entry a sample, and give what plain autograd gives."""
         self._looked = True
         with torch.enable_grad(), _Calls(self._layers) as calls:
             loss = self.loss(call(filled), targets)
-            self._layers = {
-                name: self._layers[name]
-                for name, seen in calls.seen.items()
-                if len(seen) == 1 and seen[0][0] is not None and len(seen[0][0]) == len(seen[0][1]) == len(targets)
-            }
-            if not self._layers:
-                return
-            weights = [p for part in self._layers.values() for p in part.parameters() if p.requires_grad]
-            plain = [torch.autograd.grad(each, weights, retain_graph=True, allow_unused=True) for each in loss]
-        expected = torch.stack([sum(g.float().square().sum() for g in row if g is not None) for row in plain])
-        found = self._of_layers(call, filled, targets)
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-12 + 1e-6 * float(expected.max())):
-            self._layers = {}
+        self._layers = {
+            name: self._layers[name]
+            for name, seen in calls.seen.items()
+            if len(seen) == 1 and seen[0][0] is not None and len(seen[0][0]) == len(seen[0][1]) == len(targets)
+        }
+        for name, found in self._of_layers(call, filled, targets).items():
+            weights = [p for p in self._layers[name].parameters() if p.requires_grad]
+            rows = [torch.autograd.grad(each, weights, retain_graph=True, allow_unused=True) for each in loss]
+            expected = torch.stack([_square(row) for row in rows]).to(found)
+            if not torch.allclose(found, expected, rtol=1e-3, atol=1e-12 + 1e-6 * float(expected.max())):
+                del self._layers[name]
 
     def _squares(self, call: Callable[..., Any], own: list[int], filled: list[Any], targets: Tensor) -> Tensor:
         done = {
@@ -100,23 +98,24 @@ class SampleGradients:
         }
         rest = {name: p.detach() for name, p in self._trained.items() if name not in done}
         total = torch.zeros(len(targets), device=targets.device)
-        if self._layers:
-            total = total + self._of_layers(call, filled, targets)
+        for squares in self._of_layers(call, filled, targets).values():
+            total += squares
         if rest:
-            total = total + self._of_rest(call, rest, own, filled, targets)
+            total += self._of_rest(call, rest, own, filled, targets)
         return total
 
-    def _of_layers(self, call: Callable[..., Any], filled: list[Any], targets: Tensor) -> Tensor:
+    def _of_layers(self, call: Callable[..., Any], filled: list[Any], targets: Tensor) -> dict[str, Tensor]:
+        if not self._layers:
+            return {}
         with torch.enable_grad(), _Calls(self._layers) as calls:
             loss = self.loss(call(filled), targets).sum()
-            outputs = [calls.seen[name][0][1] for name in self._layers]
-            gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
-        total = torch.zeros(len(targets), device=targets.device)
+            gradients = torch.autograd.grad(loss, [calls.seen[name][0][1] for name in self._layers], allow_unused=True)
         with torch.no_grad():
-            for (name, part), g in zip(self._layers.items(), gradients):
-                if g is not None:
-                    total += KNOWN[type(part)](part, calls.seen[name][0][0], g.float())
-        return total
+            return {
+                name: _rule(part)(part, calls.seen[name][0][0], g.float())
+                for (name, part), g in zip(self._layers.items(), gradients)
+                if g is not None
+            }
 
     def _of_rest(
         self, call: Callable[..., Any], rest: dict[str, Tensor], own: list[int], filled: list[Any], targets: Tensor
@@ -229,13 +228,21 @@ KNOWN: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Tensor]] = {
 }
 
 
+def _rule(part: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
+    return next((KNOWN[kind] for kind in type(part).__mro__ if kind in KNOWN), None)
+
+
+def _square(gradients: tuple[Tensor | None, ...]) -> Tensor:
+    return sum((g.float().square().sum() for g in gradients if g is not None), torch.zeros(()))
+
+
 def _known(network: nn.Module) -> dict[str, nn.Module]:
     """Layers of those kinds that train, share no parameter, and have nothing unusual."""
     uses = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
     found = {}
     for name, part in network.named_modules():
         own = list(part.parameters())
-        usual = type(part) in KNOWN and all(uses[id(p)] == 1 for p in own) and any(p.requires_grad for p in own)
+        usual = _rule(part) is not None and all(uses[id(p)] == 1 for p in own) and any(p.requires_grad for p in own)
         if isinstance(part, nn.Conv2d):
             usual &= part.groups == 1 and part.padding_mode == "zeros" and not isinstance(part.padding, str)
         elif isinstance(part, nn.Embedding):

@@ -60,7 +60,7 @@ def test_the_figures_on_file_are_of_every_arm_at_the_papers_size():
 @pytest.fixture
 def diet(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    x = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=generator)
     y = torch.arange(300) % 10
     monkeypatch.setattr(data_diet, "images", lambda name: (x[:200], y[:200], x[200:], y[200:]))
     for name, value in {"TRAINING": 200, "BATCH": 20, "EPOCHS": 2, "AT_EPOCH": 1}.items():
@@ -70,15 +70,15 @@ def diet(monkeypatch):
 def test_the_data_diet_command_writes_every_arm_and_draws(diet, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "found.json"
-    arguments = ["cifar10", "--seeds", "1", "--runs", "2", "--output", str(path), "--pictures", str(tmp_path)]
+    arguments = ["fashion_mnist", "--seeds", "1", "--runs", "2", "--output", str(path), "--pictures", str(tmp_path)]
     assert data_diet.main(arguments) == 0
     ((name, found),) = json.loads(path.read_text()).items()
-    assert (name, found["test_images"], found["seeds"], found["runs"]) == ("cifar10", 100, 1, 2)
+    assert (name, found["test_images"], found["seeds"], found["runs"]) == ("fashion_mnist", 100, 1, 2)
     assert found["clean"].keys() == data_diet.ARMS.keys() and found["noisy"].keys() == data_diet.NOISY_ARMS.keys()
     assert 0 <= found["auc"] <= 1 and 0 <= found["wrong_among_most_suspicious"] <= 1
     out = capsys.readouterr().out
     assert all(words in out for words in [*data_diet.ARMS, *data_diet.NOISY_ARMS])
-    assert {each.name for each in tmp_path.glob("*.png")} == {"cifar10_clean.png", "cifar10_noisy.png"}
+    assert {each.name for each in tmp_path.glob("*.png")} == {"fashion_mnist_clean.png", "fashion_mnist_noisy.png"}
 
 
 def test_the_data_diet_command_says_what_is_missing(monkeypatch, tmp_path, capsys):

@@ -94,8 +94,19 @@ def convolutions():
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, 2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), Residual(),
         nn.Conv2d(4, 6, (3, 1), dilation=(1, 2)), nn.Conv2d(6, 6, 3, padding=1, groups=2),
-        nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"), nn.Flatten(), nn.Linear(48, CLASSES),
+        nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"), nn.Flatten(), nn.Linear(32, CLASSES),
     )  # fmt: skip
+
+
+class Activated(nn.Linear):
+    """Does more than the layer that it is one of."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+def subclassed():
+    return nn.Sequential(Activated(6, 5), nn.Linear(5, CLASSES))
 
 
 def half_frozen():
@@ -119,9 +130,10 @@ KNOWN = {
     "convolutions": (convolutions, "images", 6),
     "words": (Words, "ids", 4),
     "twice": (Twice, "vectors", 1),
-    "a weight used beside its layer": (Functional, "vectors", 0),
+    "a weight used beside its layer": (Functional, "vectors", 1),
+    "a layer that does more": (subclassed, "vectors", 1),
     "attention": (Attention, "vectors", 1),
-    "a transformer": (transformer, "images", 14),
+    "a transformer": (transformer, "images", 15),
 }
 
 
