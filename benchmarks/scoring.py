@@ -110,6 +110,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}; seconds a thousand examples\n\n{'network':28}" + "".join(f"{column:>15}" for column in COLUMNS))
     results = {}
+    torch.manual_seed(0)
     for network, net, shape, chunk in networks(device):
         results[network] = row = measure(net, shape, chunk, options.count, options.repeats)
         print(f"{network:28}" + "".join(f"{row[column]:15.3g}" for column in COLUMNS), flush=True)

@@ -5,8 +5,9 @@ one row a position, dW = sum_t g_t a_t^T, so that
 
     || dW ||^2 = sum_{t,s} (a_t . a_s) (g_t . g_s),        || db ||^2 = || sum_t g_t ||^2
 
-(Goodfellow 2015, https://arxiv.org/abs/1510.01799; Li et al. 2022, https://arxiv.org/abs/2110.05679), a convolution is
-one on its patches, and normalisations and embeddings have as few terms. All other parameters (of layers that are called
+(Goodfellow 2015, https://arxiv.org/abs/1510.01799; Li et al. 2022, https://arxiv.org/abs/2110.05679). A convolution of
+few positions is one on its patches, of many it is cheaper by the gradient of its weight itself; normalisations and
+embeddings have as few terms. All other parameters (of layers that are called
 twice, shared, parametrised or unknown) are differentiated sample by sample with ``torch.func``, many at once; their
 gradients are held, those of the layers are not. What was found so is held against plain autograd on the first samples.
 
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.grad import conv2d_weight
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -165,8 +167,19 @@ def _linear(layer: nn.Linear, a: Tensor, g: Tensor) -> Tensor:
 
 
 def _convolution(layer: nn.Conv2d, a: Tensor, g: Tensor) -> Tensor:
-    patches = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    return _of_rows(layer, patches.mT, g.flatten(2).mT)
+    positions, p, d = g[0, 0].numel(), layer.out_channels, layer.weight[0].numel()
+    if layer.groups == 1 and positions * (d + p) < d * p:
+        patches = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        return _of_rows(layer, patches.mT, g.flatten(2).mT)
+
+    def of_one(a: Tensor, g: Tensor) -> Tensor:
+        way = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return conv2d_weight(a[None], layer.weight.shape, g[None], *way).square().sum()
+
+    total = vmap(of_one)(a.float(), g) if layer.weight.requires_grad else g.new_zeros(len(g))
+    if layer.bias is not None and layer.bias.requires_grad:
+        total = total + g.flatten(2).sum(2).square().sum(1)
+    return total
 
 
 def _of_rows(layer: nn.Module, a: Tensor, g: Tensor) -> Tensor:
@@ -244,7 +257,7 @@ def _known(network: nn.Module) -> dict[str, nn.Module]:
         own = list(part.parameters())
         usual = _rule(part) is not None and all(uses[id(p)] == 1 for p in own) and any(p.requires_grad for p in own)
         if isinstance(part, nn.Conv2d):
-            usual &= part.groups == 1 and part.padding_mode == "zeros" and not isinstance(part.padding, str)
+            usual &= part.padding_mode == "zeros" and not isinstance(part.padding, str)
         elif isinstance(part, nn.Embedding):
             usual &= not part.scale_grad_by_freq and part.max_norm is None and not part.sparse
         elif isinstance(part, nn.modules.batchnorm._BatchNorm):

@@ -127,7 +127,7 @@ X = {"vectors": (6,), "images": (2, 8, 8), "ids": (3,)}
 KNOWN = {
     "mlp": (mlp, "vectors", 3),
     "frozen in part": (half_frozen, "vectors", 2),
-    "convolutions": (convolutions, "images", 6),
+    "convolutions": (convolutions, "images", 7),
     "words": (Words, "ids", 4),
     "twice": (Twice, "vectors", 1),
     "a weight used beside its layer": (Functional, "vectors", 1),
@@ -173,6 +173,16 @@ def test_positions_are_summed_in_both_ways():
         gradients = SampleGradients(net, loss)
         assert torch.allclose(gradients.norms((x,), Y), one_by_one(net, x), rtol=1e-4)
         assert len(gradients._layers) == 2
+
+
+@pytest.mark.parametrize(("size", "channels"), [(3, 12), (12, 3)])
+def test_a_convolution_is_taken_in_both_ways(size, channels):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(channels, channels, 3, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net, x = nn.Sequential(*layers, nn.Linear(channels, CLASSES)), torch.randn(N, channels, size, size)
+    gradients = SampleGradients(net, loss)
+    assert torch.allclose(gradients.norms((x,), Y), one_by_one(net, x), rtol=1e-4)
+    assert len(gradients._layers) == 2
 
 
 def test_what_is_shared_by_all_samples_is_not_cut():
