@@ -26,6 +26,7 @@ from lightning_recipes.callbacks import (
     ClassWeights,
     CosineHead,
     CutMix,
+    DataDiet,
     DropBlock,
     ExactResume,
     FreezeOut,
@@ -252,6 +253,14 @@ CASES: dict[str, Case] = {
         lambda: [SLCA([list(range(10))], None, ca_epochs=0)],
         lambda: [SLCA(1, backbone_lr_scale=1.0)],
         lambda net, batches, amp: loops.slow_learner(net, batches, amp, begin=_first_rows),
+    ),
+    # A step while forgetting events are counted; what the other scores cost is measured by `python -m
+    # benchmarks.scoring`.
+    "DataDiet, forgetting": Case(
+        "resnet",
+        lambda: [DataDiet("forgetting", 1)],
+        loop=lambda net, batches, amp: loops.forgetting(net, batches, amp),
+        saves=True,
     ),
     "GradientNoise": Case(
         "resnet",

@@ -10,6 +10,7 @@ from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.slca import SLCA
 from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
+from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
 from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
 from lightning_recipes.callbacks.diagnostics.small_init import SmallInit
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
@@ -48,6 +49,7 @@ __all__ = [
     "ClassWeights",
     "CosineHead",
     "CutMix",
+    "DataDiet",
     "DropBlock",
     "ExactResume",
     "ForgettingMonitor",
@@ -63,6 +65,7 @@ __all__ = [
     "PrePostMonitor",
     "ProgressiveUnfreezing",
     "ProjectionHead",
+    "PruneTrainSet",
     "RobustAccuracyMonitor",
     "SVFit",
     "SaRA",

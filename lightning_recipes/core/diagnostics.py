@@ -184,6 +184,57 @@ def draw_curves(
     return path
 
 
+def draw_images(
+    path: str | Path, rows: Mapping[str, Sequence[tuple[Tensor, str]]], title: str, most: int = 12
+) -> Path | None:
+    """Draw images in rows; None where matplotlib (the `plots` extra) is not installed, or where there is no image.
+
+    Args:
+        rows: by the row's name, images ``[height, width]`` or ``[channels, height, width]`` of 1 or 3 channels, each
+            with a few words to stand above it. Values outside [0, 1] are stretched to it, image by image.
+        title: of the whole.
+        most: images in a row.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    rows = {name: list(images)[:most] for name, images in rows.items() if images}
+    if not rows:
+        return None
+    across = max(map(len, rows.values()))
+    figure = Figure(figsize=(1.1 * across + 1, 1.35 * len(rows) + 0.6), layout="constrained")
+    axes = figure.subplots(len(rows), across, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items()):
+        for place in line:
+            place.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(name)
+        for place, (image, words) in zip(line, images):
+            place.imshow(_as_picture(image), cmap="gray", vmin=0, vmax=1)
+            place.set_title(words, fontsize=7)
+    figure.suptitle(title)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def is_picture(value: Any) -> bool:
+    """Whether :func:`draw_images` can draw it."""
+    return isinstance(value, Tensor) and (value.dim() == 2 or (value.dim() == 3 and value.shape[0] in (1, 3)))
+
+
+def _as_picture(image: Tensor) -> Any:
+    """An image as matplotlib takes it, in [0, 1]."""
+    image = image.detach().float().cpu()
+    low, high = image.min(), image.max()
+    if low < 0 or high > 1:
+        image = (image - low) / (high - low).clamp_min(1e-12)
+    if image.dim() == 3:
+        image = image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
+    return image.numpy()
+
+
 def where_to_draw(trainer: pl.Trainer) -> Path | None:
     """The folder of the run's logs; None for a run that logs nowhere, which should leave no files."""
     return Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None

@@ -83,7 +83,7 @@ class SampleIds:
         if isinstance(loader.dataset, IterableDataset):
             raise self._error(f"{type(loader.dataset).__name__} is read from one end to the other")
         self.most = loader.batch_size
-        self.total, self._root = _root_of(loader.dataset)
+        self.total, self._root = root_of(loader.dataset)
         self._check(self.total)
         if "_get_iterator" not in loader.__dict__:  # a reload may give the same one
             _number(loader, undo)
@@ -94,7 +94,7 @@ class SampleIds:
         )
 
 
-def _root_of(dataset: Any) -> tuple[int, Tensor | None]:
+def root_of(dataset: Any) -> tuple[int, Tensor | None]:
     """Size of the data set below all ``Subset``s, and the index there of every sample."""
     root: Tensor | None = None
     while type(dataset) is Subset:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_recipes.callbacks import ExactResume
 from lightning_recipes.core.batch import size_of
-from lightning_recipes.core.diagnostics import Budget, Moments, Monitor, draw_curves, log_text
+from lightning_recipes.core.diagnostics import Budget, Moments, Monitor, draw_curves, draw_images, is_picture, log_text
 from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, quiet, samples
 
@@ -237,3 +237,15 @@ def test_curves_are_drawn_with_bands_on_a_log_axis(tmp_path: Any) -> None:
         log_x=True,
     )
     assert path.stat().st_size > 1000
+
+
+def test_images_are_drawn_in_rows_whatever_their_channels_and_values(tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    grey, colour, normalised = torch.rand(8, 8), torch.rand(3, 8, 8), 5 * torch.randn(1, 8, 8)
+    rows = {"first": [(grey, "one"), (colour, "two"), (normalised, "three")], "second": [(colour, "four")], "none": []}
+    path = draw_images(tmp_path / "there" / "images.png", rows, "a title")
+    assert path is not None and path.stat().st_size > 5000
+    assert draw_images(tmp_path / "nothing.png", {"none": []}, "a title") is None
+    assert not (tmp_path / "nothing.png").exists()
+    assert is_picture(grey) and is_picture(colour) and not is_picture(torch.rand(6)) and not is_picture("an image")
+    assert not is_picture(torch.rand(4, 8, 8))
