@@ -8,6 +8,7 @@ from lightning_recipes.callbacks.adapters.pego import PEGO
 from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
+from lightning_recipes.callbacks.continual.group_mask import GroupMask
 from lightning_recipes.callbacks.continual.slca import SLCA
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
@@ -47,6 +48,7 @@ __all__ = [
     "ForgettingMonitor",
     "FreezeOut",
     "GradientNoise",
+    "GroupMask",
     "Guidance",
     "InsertAttention",
     "LogitAdjustment",
