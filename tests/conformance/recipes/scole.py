@@ -36,7 +36,6 @@ ROWS = [
         "logit_adjustment+group_mask",
         _adjusted,
         network=small_vit,
-        optimizer="adamw",
         data=few_at_a_time,
         couples=True,
     ),
