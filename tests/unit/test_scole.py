@@ -10,14 +10,26 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_recipes.callbacks import SLCA, ExactResume, ForgettingMonitor, GroupMask, LogitAdjustment
+from lightning_recipes.callbacks import (
+    AAER,
+    GLAD,
+    PSKD,
+    SLCA,
+    CutMix,
+    ExactResume,
+    ForgettingMonitor,
+    GroupMask,
+    LogitAdjustment,
+)
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.tasks import recur, supplied
 from lightning_recipes.datamodules import ClassIncrementalDataModule, DigitsDataModule, SCoLeDataModule
 from lightning_recipes.datamodules.scole import Memory, Schedule, probabilities
+from tests.conformance.lives import process
 from tests.stock import Classifier, Watch, mlp, quiet, same, weights
 
 
@@ -225,7 +237,9 @@ class Somebodys(LightningDataModule):
 
 
 @pytest.mark.parametrize(
-    "source", [lambda: (Plain(4), Plain(4)), lambda: (Plain(4), Plain(4), Plain(4)), Somebodys], ids=str
+    "source",
+    [lambda: (Plain(4), Plain(4)), lambda: (Plain(4), None, Plain(4)), Somebodys],
+    ids=["two", "three", "module"],
 )
 def test_any_labelled_data_become_a_stream(source):
     data = SCoLeDataModule(source(), 5, 2, batch_size=3, task_val_fraction=0.0, validate_on="test")
@@ -340,6 +354,19 @@ def test_a_resume_in_the_middle_of_a_task_is_exact(arguments, tmp_path):
         assert str(its_memory) == str(memory) and its_curve == curve
 
 
+def test_a_resume_between_tasks_needs_no_other_recipe(tmp_path):
+    def fit(ckpt_path=None, *callbacks):
+        data, module = stream(6, epochs_per_task=2, replay="random", buffer_per_class=20, batch_size=64), Flat()
+        settings = {"max_epochs": 12, "enable_checkpointing": bool(callbacks), "limit_val_batches": 0}
+        quiet(callbacks=list(callbacks), **settings).fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return weights(module)
+
+    saves = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+    whole = fit(None, saves)
+    for epoch in (1, 4, 7):
+        assert same(whole, fit(tmp_path / f"epoch={epoch}.ckpt")), "in the middle of a task or at its end"
+
+
 def test_two_ranks_share_out_what_one_process_reads(monkeypatch):
     def order(rank, world):
         data = ready()
@@ -349,6 +376,48 @@ def test_two_ranks_share_out_what_one_process_reads(monkeypatch):
 
     whole, dealt = order(0, 1), [i for turn in zip(order(0, 2), order(1, 2), strict=True) for i in turn]
     assert dealt[: len(whole)] == whole and set(dealt) == set(whole)
+
+
+@pytest.mark.ddp
+def test_a_stream_with_replay_on_two_ranks_is_that_of_one_process(tmp_path):
+    def fit(batch_size, **settings):
+        module, monitor = Flat(0.0), ForgettingMonitor(draw=False)
+        data = stream(
+            12,
+            entropy_decrease=5.0,
+            replay="freq_acc",
+            high_frequency=0.9,
+            batch_size=batch_size,
+            drop_last=True,
+            buffer_per_class=32,
+        )
+        quiet(max_epochs=12, callbacks=[GroupMask(), monitor], **settings).fit(module, datamodule=data)
+        return {"weights": weights(module), "memory": data.memory.state(), "replayed": data.replayed}
+
+    def run(rank):
+        torch.save(fit(16, devices=2, strategy="ddp", plugins=LightningEnvironment()), tmp_path / f"{rank}.pt")
+
+    statuses = process(run, tmp_path, "two", ranks=2)
+    assert statuses == [0, 0], "".join(path.read_text() for path in tmp_path.glob("*.error"))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone = fit(32)
+    assert same(first["weights"], second["weights"])
+    assert str(first["memory"]) == str(second["memory"]) == str(alone["memory"])
+    assert len(alone["memory"]["kept"]) > 2 and first["replayed"] == second["replayed"] == alone["replayed"]
+    for name, value in alone["weights"].items():
+        assert torch.allclose(first["weights"][name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "recipe", [PSKD, CutMix, lambda: AAER(0.05), lambda: GLAD(rank=None)], ids=["PSKD", "CutMix", "AAER", "GLAD"]
+)
+def test_other_recipes_go_through_a_stream(recipe):
+    module = Flat(0.0)
+    before = weights(module)
+    data = stream(4, replay="random", buffer_per_class=20, batch_size=64)
+    quiet(max_epochs=4, callbacks=[recipe()], limit_val_batches=0).fit(module, datamodule=data)
+    now = weights(module)
+    assert not same(before, now) and all(value.isfinite().all() for value in now.values())
 
 
 def test_another_checkpoint_and_other_lengths_are_refused():
