@@ -22,6 +22,7 @@ from lightning_recipes.callbacks import (
     PSKD,
     SLCA,
     AdaptFormer,
+    AdaptiveSmoothing,
     ClassWeights,
     CosineHead,
     CutMix,
@@ -29,6 +30,7 @@ from lightning_recipes.callbacks import (
     ExactResume,
     FreezeOut,
     GradientNoise,
+    GrokkingMonitor,
     GroupMask,
     Guidance,
     InsertAttention,
@@ -73,6 +75,7 @@ class Case:
         saves: measure what the recipe adds to a checkpoint too.
         optimizer: makes that of all variants from the parameters.
         epochs: of a run; steps are timed in the last one.
+        validates: whether the fit has validation data, the training data again.
     """
 
     network: str
@@ -83,6 +86,7 @@ class Case:
     saves: bool = False
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW
     epochs: int = 1
+    validates: bool = False
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -108,6 +112,8 @@ CASES: dict[str, Case] = {
             net, batches, amp, start=2.0, alpha=1.0, project=False, lambda2=1.5, lambda3=0.15
         ),
     ),
+    # In a fit it is to cost nothing.
+    "AdaptiveSmoothing": Case("resnet", lambda: [AdaptiveSmoothing("torch.nn:Identity")], loop=loops.plain),
     "PEGO": Case(
         "vit",
         lambda: [PEGO()],
@@ -259,6 +265,13 @@ CASES: dict[str, Case] = {
         lambda: [GradientNoise()],
         lambda: [GradientNoise(0.0)],
         lambda net, batches, amp: loops.noisy(net, batches, amp),
+    ),
+    # 32 samples more a step: a share that is counted, at a batch of 32, as a third of the run's work.
+    "GrokkingMonitor, every step": Case(
+        "resnet",
+        lambda: [GrokkingMonitor(16, every_n_steps=1)],
+        loop=lambda net, batches, amp: loops.watched(net, batches, amp),
+        validates=True,
     ),
     "NormalizedGD": Case(
         "resnet",

@@ -473,6 +473,23 @@ def noisy(net: nn.Module, batches: Batches, amp: Amp = nullcontext, eta: float =
         optimizer.step()
 
 
+def watched(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 16) -> None:
+    """Accuracy on a few samples after every step, of a training and of a validation set, in eval mode."""
+    optimizer, kept = AdamW(trained(net)), None
+    for x, y in batches:
+        net.train()
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        net.eval()
+        kept = (x[:probe], y[:probe]) if kept is None else kept
+        with torch.no_grad(), amp():
+            right = [(net(kept[0]).argmax(1) == kept[1]).float().mean() for _ in range(2)]
+        torch.stack(right).tolist()
+
+
 def normalized(net: nn.Module, batches: Batches, amp: Amp = nullcontext, lr: float = 0.01) -> None:
     """SGD on the gradient divided by the mean of 1 - p of the label."""
     parameters = trained(net)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import lightning_recipes
 from benchmarks.claims import (
     aaer,
+    adaptive_smoothing,
     backdoor_adjustment,
     bang,
     class_weights,
@@ -39,12 +40,15 @@ from benchmarks.claims import (
     slca,
     spurious_features,
     svfit,
+    unlearnable,
     wise_ft,
+    xor_grokking,
 )
 from benchmarks.claims.findings import Finding, measure, spread
 
 EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "AAER": [aaer],
+    "AdaptiveSmoothing": [adaptive_smoothing],
     "BANG": [bang, spurious_features],
     "ClassWeights": [class_weights],
     "DropBlock": [drop_block],
@@ -54,6 +58,7 @@ EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "GradientNoise": [gradient_noise],
     "GroupMask": [group_mask],
     "InsertAttention": [insert_attention],
+    "GrokkingMonitor": [xor_grokking],
     "Guidance": [guidance],
     "LEVI": [levi],
     "LogitAdjustment": [logit_adjustment],
@@ -66,6 +71,7 @@ EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "SLCA": [slca],
     "SVFit": [svfit],
     "SaRA": [sara],
+    "UnlearnableDataModule": [unlearnable],
     "WiSEFT": [wise_ft],
 }
 EVIDENCE = Path(lightning_recipes.__file__).parent / "evidence.json"

@@ -10,6 +10,9 @@ from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.group_mask import GroupMask
 from lightning_recipes.callbacks.continual.slca import SLCA
+from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
+from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
+from lightning_recipes.callbacks.diagnostics.small_init import SmallInit
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
 from lightning_recipes.callbacks.finetuning.levi import LEVI
@@ -24,6 +27,7 @@ from lightning_recipes.callbacks.regularization.ps_kd import PSKD
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer
+from lightning_recipes.callbacks.robustness.adaptive_smoothing import AdaptiveSmoothing
 from lightning_recipes.callbacks.robustness.backdoor_adjustment import BackdoorAdjustment
 from lightning_recipes.callbacks.robustness.cosine_head import CosineHead
 from lightning_recipes.callbacks.robustness.logit_adjustment import LogitAdjustment
@@ -39,7 +43,9 @@ __all__ = [
     "PSKD",
     "SLCA",
     "AdaptFormer",
+    "AdaptiveSmoothing",
     "BackdoorAdjustment",
+    "BayesErrorMonitor",
     "ClassWeights",
     "CosineHead",
     "CutMix",
@@ -48,6 +54,7 @@ __all__ = [
     "ForgettingMonitor",
     "FreezeOut",
     "GradientNoise",
+    "GrokkingMonitor",
     "GroupMask",
     "Guidance",
     "InsertAttention",
@@ -61,5 +68,6 @@ __all__ = [
     "RobustAccuracyMonitor",
     "SVFit",
     "SaRA",
+    "SmallInit",
     "WiSEFT",
 ]

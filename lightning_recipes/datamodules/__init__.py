@@ -14,6 +14,8 @@ from lightning_recipes.datamodules.superclasses import SuperclassDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
 from lightning_recipes.datamodules.two_classes import TwoClassDataModule
+from lightning_recipes.datamodules.unlearnable import UnlearnableDataModule
+from lightning_recipes.datamodules.xor_clusters import XORClusterDataModule
 
 __all__ = [
     "ArrayDataModule",
@@ -34,4 +36,6 @@ __all__ = [
     "TextDataModule",
     "TorchvisionDataModule",
     "TwoClassDataModule",
+    "UnlearnableDataModule",
+    "XORClusterDataModule",
 ]

@@ -70,7 +70,8 @@ def of_every_row() -> list[Misuse]:
         def twice(row: Row = row) -> list[Callback]:
             return [*row.recipes(), row.recipes()[0]]
 
-        before = saved(module, row.recipes, lambda: table.digits(), max_epochs=2, **row.trainer)
+        validation = (lambda: table.digits()) if row.validation else (lambda: None)
+        before = saved(module, row.recipes, lambda: table.digits(), validation=validation, max_epochs=2, **row.trainer)
         without = saved(module, list, lambda: table.digits(), max_epochs=2)
         bad = functools.partial(Misuse, data=lambda: table.digits(), trainer=row.trainer)
         found += other_arguments(row, module, before)

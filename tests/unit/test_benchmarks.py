@@ -105,7 +105,8 @@ def test_the_loop_by_hand_ends_with_the_weights_of_the_recipe(name, same_noise, 
     module, recipes, adapters = ImageClassifier(copy.deepcopy(start), optimizer=case.optimizer), case.recipes(), []
     same_noise()
     watch = first_adapters(recipes, adapters)
-    quiet(callbacks=[*recipes, watch], max_epochs=case.epochs).fit(module, data())
+    validation = data() if case.validates else None
+    quiet(callbacks=[*recipes, watch], max_epochs=case.epochs).fit(module, data(), validation)
 
     with_lora = loops.with_lora
 
