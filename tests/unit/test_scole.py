@@ -25,6 +25,7 @@ from lightning_recipes.callbacks import (
     GroupMask,
     LogitAdjustment,
 )
+from lightning_recipes.callbacks.continual.forgetting import better, forgotten, in_words
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.tasks import recur, supplied
 from lightning_recipes.datamodules import ClassIncrementalDataModule, DigitsDataModule, SCoLeDataModule
@@ -516,7 +517,29 @@ def test_accuracy_and_forgetting_over_recurring_tasks(tmp_path, caplog):
         assert row["forgetting"] == pytest.approx(np.mean([best[c] - now[c] for c in seen]))
     assert float(trainer.callback_metrics["forgetting/acc_class_3"]) == pytest.approx(by_hand[-1][3])
     assert (tmp_path / "run" / "forgetting.png").exists()
-    assert any("accuracy on all 10 classes went from" in each for each in caplog.messages)
+    assert f"ForgettingMonitor: {monitor.verdict}" in caplog.messages
+    first, last = monitor.curve[0], monitor.curve[-1]
+    words = f"on all 10 classes went from {first['acc_all']:.1%} after task 3 to {last['acc_all']:.1%} after task 12"
+    assert words in monitor.verdict
+
+
+def test_the_verdict_says_whether_anything_accumulates():
+    row = {"task": 0.0, "acc_all": 0.2, "forgetting": 0.0, "acc_absent": 0.1}
+    end = {"task": 99.0, "acc_all": 0.9, "forgetting": 0.04, "acc_absent": 0.85}
+    words = in_words([row, end], 10)
+    assert words == (
+        "accuracy on all 10 classes went from 20.0% after task 1 to 90.0% after task 100: knowledge accumulates in spite"
+        " of forgetting. A class is on average 4.0 points below its best; classes not in the task are at 85.0%"
+    )
+    still = in_words([row, {**end, "acc_all": 0.21, "acc_absent": float("nan")}], 10)
+    assert "nothing accumulates: try GroupMask, no momentum or replay" in still and still.endswith("below its best")
+
+
+def test_forgetting_of_a_stream_by_hand():
+    best = better([0.5, float("nan"), 0.9], [0.7, 0.2, float("nan")])
+    assert best == [0.7, 0.2, 0.9]
+    assert forgotten([0.7, 0.9, 0.4], [0.5, 0.9, 0.0], [True, True, False]) == pytest.approx(0.1)
+    assert forgotten(best, [0.7, 0.2, float("nan")], [True] * 3) == 0.0 == forgotten(best, best, [False] * 3)
 
 
 def test_the_monitor_of_a_stream_changes_nothing():

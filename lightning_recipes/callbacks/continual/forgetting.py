@@ -32,7 +32,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_recipes.core.diagnostics import draw_curves, where_to_draw
+from lightning_recipes.core.diagnostics import draw_curves, log_text, where_to_draw
 from lightning_recipes.core.distributed import all_sum
 from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.features import head_input
@@ -203,6 +203,8 @@ class ForgettingMonitor(Recipe):
         """Of a stream whose classes recur: what was logged, after each task that was measured, without the classes."""
         self.best: list[float] = []
         """Of such a stream: the best accuracy of each class so far."""
+        self.verdict: str | None = None
+        """Of such a stream: what the last fit came to, in words."""
         self._tasks: Tasks = []
         self._stream: Any = None  # the data module of such a stream
         self._trained: Tensor | None = None  # by class, whether this rank has trained on it
@@ -228,7 +230,7 @@ class ForgettingMonitor(Recipe):
         if self._stream is not None:
             size = self._stream.num_classes
             if plan.fitting and plan.section is None:
-                self.curve, self.best = [], [math.nan] * size
+                self.curve, self.best, self.verdict = [], [math.nan] * size, None
         if self._trained is None or len(self._trained) != size:
             self._trained = torch.zeros(size, dtype=torch.bool)
 
@@ -364,7 +366,9 @@ class ForgettingMonitor(Recipe):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = where_to_draw(trainer)
         if self._stream is not None and self.curve:
-            rank_zero_info(f"ForgettingMonitor: {in_words(self.curve, len(self.best))}")
+            self.verdict = in_words(self.curve, len(self.best))
+            rank_zero_info(f"ForgettingMonitor: {self.verdict}")
+            log_text(trainer, "forgetting/verdict", self.verdict)
             if self.draw and trainer.is_global_zero and folder is not None:
                 tasks = [row["task"] + 1 for row in self.curve]
                 names = ("acc_all", "acc_current", "acc_absent", "forgetting")
