@@ -32,6 +32,7 @@ from lightning_recipes.callbacks import (
     FreezeOut,
     GradientNoise,
     GrokkingMonitor,
+    GroupMask,
     Guidance,
     InsertAttention,
     LogitAdjustment,
@@ -195,6 +196,12 @@ CASES: dict[str, Case] = {
         lambda: [LogitAdjustment(LONG_TAIL)],
         lambda: [LogitAdjustment(LONG_TAIL, tau=0.0)],
         lambda net, batches, amp: loops.logit_adjusted(net, batches, amp, LONG_TAIL),
+    ),
+    "GroupMask": Case(
+        "resnet",
+        lambda: [GroupMask()],
+        lambda: [GroupMask("all")],
+        lambda net, batches, amp: loops.group_masked(net, batches, amp),
     ),
     "ClassWeights": Case(
         "resnet",

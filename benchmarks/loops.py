@@ -571,6 +571,21 @@ def forgetting(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None
         optimizer.step()
 
 
+def group_masked(net: nn.Module, batches: Batches, amp: Amp) -> None:
+    """Cross-entropy over the classes that have a label in the batch."""
+    optimizer = AdamW(trained(net))
+    net.train()
+    for x, y in batches:
+        with amp():
+            logits = net(x)
+            absent = torch.ones(logits.shape[1], dtype=torch.bool, device=y.device)
+            absent[y] = False
+            loss = F.cross_entropy(logits.masked_fill(absent, max(-1e9, torch.finfo(logits.dtype).min / 2)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 def logit_adjusted(
     net: nn.Module, batches: Batches, amp: Amp = nullcontext, counts: Sequence[float] = (), tau: float = 1.0
 ) -> None:

@@ -8,6 +8,7 @@ from lightning_recipes.callbacks.adapters.pego import PEGO
 from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
+from lightning_recipes.callbacks.continual.group_mask import GroupMask
 from lightning_recipes.callbacks.continual.slca import SLCA
 from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
 from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
@@ -56,6 +57,7 @@ __all__ = [
     "FreezeOut",
     "GradientNoise",
     "GrokkingMonitor",
+    "GroupMask",
     "Guidance",
     "InsertAttention",
     "LogitAdjustment",
