@@ -9,7 +9,10 @@ from lightning_recipes.datamodules.few_shot import FewShotDataModule
 from lightning_recipes.datamodules.folders import ImageFolderDataModule
 from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
 from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
+from lightning_recipes.datamodules.prior_data import PriorDataModule
+from lightning_recipes.datamodules.priors import GaussianPrior, GPPrior, LinearPrior, MLPPrior, Prior, SampledGPPrior
 from lightning_recipes.datamodules.superclasses import SuperclassDataModule
+from lightning_recipes.datamodules.table import TableDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
 from lightning_recipes.datamodules.two_classes import TwoClassDataModule
@@ -23,12 +26,20 @@ __all__ = [
     "DigitsDataModule",
     "DomainDataModule",
     "FewShotDataModule",
+    "GPPrior",
+    "GaussianPrior",
     "ImageDataModule",
     "ImageFolderDataModule",
     "LabelledImages",
+    "LinearPrior",
     "LongTailedDataModule",
+    "MLPPrior",
+    "Prior",
+    "PriorDataModule",
     "RotatedDigitsDataModule",
+    "SampledGPPrior",
     "SuperclassDataModule",
+    "TableDataModule",
     "TextDataModule",
     "TorchvisionDataModule",
     "TwoClassDataModule",

@@ -3,6 +3,7 @@
 from lightning_recipes.core.group_accuracy import LongTailAccuracy
 from lightning_recipes.modules.balanced_attention import BalancedAttention, CoordinateAttention, SqueezeExcitation
 from lightning_recipes.modules.balanced_cnn import BalancedCNN, BalancedNet
+from lightning_recipes.modules.bar_distribution import BarDistribution, quantile_borders
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 from lightning_recipes.modules.contrastive import (
     ContrastivePretraining,
@@ -19,6 +20,7 @@ from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
 from lightning_recipes.modules.mlp import MLP
+from lightning_recipes.modules.pfn import PFNModule
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 from lightning_recipes.modules.small_cnn import SmallCNN
@@ -30,6 +32,7 @@ __all__ = [
     "BalancedAttention",
     "BalancedCNN",
     "BalancedNet",
+    "BarDistribution",
     "BaseToNovelAccuracy",
     "CausalLM",
     "CifarResNet",
@@ -46,6 +49,7 @@ __all__ = [
     "LongTailAccuracy",
     "MLPHead",
     "NTXentLoss",
+    "PFNModule",
     "PreActResNet18",
     "SmallCNN",
     "SpectralContrastiveLoss",
@@ -56,4 +60,5 @@ __all__ = [
     "UnifiedClassifier",
     "aurc",
     "harmonic_mean",
+    "quantile_borders",
 ]
