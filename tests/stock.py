@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import socket
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.multiprocessing
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -26,6 +30,25 @@ def quiet(**kwargs: Any) -> Trainer:
         "num_sanity_val_steps": 0,
     }
     return Trainer(**{**settings, **kwargs})
+
+
+def in_two_ranks(run: Callable[..., None], *args: Any) -> None:
+    """Call ``run(rank, *args)`` in two new processes that find each other; what one raises is raised here.
+
+    Not forks of this one: neither autograd nor CUDA works in a fork of a process that has compiled or used a GPU.
+    """
+    multiprocessing.set_forkserver_preload([__name__])  # imports once what every rank needs
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_as_rank, (port, run, args), nprocs=2, start_method="forkserver")
+
+
+def _as_rank(rank: int, port: int, run: Callable[..., None], args: tuple[Any, ...]) -> None:
+    place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+    run(rank, *args)
 
 
 def samples(count: int = 16, features: int = 6, classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:

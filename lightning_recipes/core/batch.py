@@ -51,6 +51,14 @@ def with_input(batch: Any, value: Tensor) -> Any:
     return items
 
 
+def size_of(batch: Any) -> int:
+    """How many samples a batch of any form holds: the length of its first tensor; 0 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 0
+    parts = batch.values() if hasattr(batch, "values") else batch if isinstance(batch, (tuple, list)) else ()
+    return next(filter(None, map(size_of, parts)), 0)
+
+
 def describe(batch: Any) -> str:
     """A batch in a few words, for error messages."""
     if isinstance(batch, Tensor):

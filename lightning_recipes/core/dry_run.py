@@ -104,7 +104,7 @@ class FewSamples:
         if self.is_example:
             return values
         with _failures_explained():
-            return self.module._apply_batch_transfer_handler(values, device=self.module.device, dataloader_idx=0)
+            return self.module._apply_batch_transfer_handler(values, device=_device(self.module), dataloader_idx=0)
 
     def run(self, values: Any) -> Any:
         """Run the module on what :meth:`first` gave: its forward on an example, else its training step.
@@ -119,6 +119,11 @@ class FewSamples:
             if isinstance(values, Mapping):
                 return module(**values)
             return module(*values) if isinstance(values, (tuple, list)) else module(values)
+
+
+def _device(module: pl.LightningModule) -> torch.device:
+    """Where its weights are: before a fit has moved them ``module.device`` already is where they will be."""
+    return next((p.device for p in module.parameters()), module.device)
 
 
 @contextmanager

@@ -11,11 +11,15 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_recipes.core.batch import get_input
 from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.labels import labels_in
 from lightning_recipes.core.random import forked, key
 from lightning_recipes.core.silence import gradients_allowed, modes_kept, silent
 from lightning_recipes.core.step import Replay, observe, rest_of_arguments, stock_step
 
+ONE_OUTPUT = ("binary_cross_entropy_with_logits", "binary_cross_entropy", "soft_margin_loss")
+"""Losses of one output that tells two classes apart."""
 ENDLESS = 200
 """Batches that are read of training data without a length."""
 
@@ -82,6 +86,18 @@ def as_a_step_gets_it(trainer: pl.Trainer, batch: Any, index: int = 0) -> Any:
 
 
 @contextmanager
+def where_it_trained(trainer: pl.Trainer) -> Iterator[None]:
+    """The module on the device of the fit, from which Lightning has taken it before ``on_fit_end``."""
+    module = trainer.lightning_module
+    device = module.device
+    module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        module.to(device)
+
+
+@contextmanager
 def apart(trainer: pl.Trainer, *stream: int | str, full_precision: bool = False) -> Iterator[None]:
     """Eval mode, gradients allowed, the fit's precision unless told otherwise; what is drawn hangs on `stream` alone,
     and modes and the random state end as they began.
@@ -99,6 +115,67 @@ def apart(trainer: pl.Trainer, *stream: int | str, full_precision: bool = False)
 def classified(replay: Replay) -> bool:
     """Whether what a step computed is a classification: a loss of logits ``[n, classes]`` for ``[n]`` labels."""
     return replay.call.classifies and replay.logits.dim() == 2 and len(replay.targets) == len(replay.logits)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a classifier of any kind makes of a batch.
+
+    Attributes:
+        logits: fp32 ``[n, classes]``; ``[n, 1]`` where one output tells two classes apart by its sign.
+        labels: int64 ``[n]``, 0 and 1 there.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return max(self.logits.shape[1], 2)
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether each sample is told right: bool ``[n]``."""
+        single = self.logits.shape[1] == 1
+        return (self.logits[:, 0] > 0 if single else self.logits.argmax(1)) == self.labels
+
+
+def decide(trainer: pl.Trainer, batch: Any, number: int, criterion: str | int | None = None) -> Decision:
+    """Have the module classify a batch, silently; to be called within :func:`apart`.
+
+    Logits and labels are those that the observed loss of the module's own step gets. Under manual optimization the step
+    would train, so there they are what ``forward`` makes of the batch's input, and the labels beside it.
+
+    Args:
+        batch: as a step gets it.
+        number: its index.
+        criterion: which loss of the step to observe.
+
+    Raises:
+        RecipeError: for what is no classification into two or more classes, one label a sample.
+    """
+    module = trainer.lightning_module
+    if module.automatic_optimization:
+        seen = observe(trainer, module, batch, number, criterion)
+        logits, targets, name = seen.logits.detach(), seen.targets, seen.call.name
+        named, of_classes = not seen.call.is_function, seen.call.classifies
+    else:
+        with silent(module), torch.no_grad():
+            logits, targets, name = module(get_input(batch)), labels_in(batch), "forward"
+        named = of_classes = True
+    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
+        raise RecipeError(f"needs logits and labels; got {type(logits).__name__} and {type(targets).__name__}")
+    n = len(targets)
+    if (named or name in ONE_OUTPUT) and n and logits.numel() == targets.numel() == n:  # 0 and 1, or -1 and 1
+        z = logits.float().reshape(n, 1)
+        return Decision(z - 0.5 if name == "binary_cross_entropy" else z, (targets.reshape(n) > 0.5).long())
+    if not of_classes or logits.dim() != 2 or len(logits) != n or targets.dim() > 2:
+        raise RecipeError(
+            "needs a classification loss, of logits [n, classes], or of one logit a sample; the observed one"
+            f" ({name}) got {tuple(logits.shape)} and targets {tuple(targets.shape)}"
+        )
+    return Decision(logits.float(), targets.argmax(1) if targets.dim() == 2 else targets.long())
 
 
 @dataclass(frozen=True)

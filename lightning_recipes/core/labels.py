@@ -1,4 +1,4 @@
-"""Labels of a training set and of a batch, and how many samples each class has."""
+"""Labels and other values of every sample of a data set, labels of a batch, and how many samples each class has."""
 
 from __future__ import annotations
 
@@ -122,6 +122,53 @@ def as_indices(labels: Any) -> Tensor:
     if len(values) and int(values.min()) < 0:
         raise RecipeError(f"class indices count from 0; a label of the training set is {int(values.min())}")
     return values
+
+
+def has_sample_values(dataset: Any, name: str) -> bool:
+    """Whether a data set, or what it is a subset of, has an attribute of that name."""
+    while not hasattr(dataset, name):
+        dataset = getattr(dataset, "dataset", getattr(dataset, "source", None))
+        if dataset is None:
+            return False
+    return True
+
+
+def sample_values(dataset: Dataset, name: str) -> Tensor:
+    """One number a sample from an attribute of a data set, or of what it is a subset of.
+
+    Raises:
+        RecipeError: when none has it, or it is not one number a sample.
+    """
+    place, order = dataset, None
+    while not hasattr(place, name):
+        below = getattr(place, "dataset", getattr(place, "source", None))
+        if below is None:
+            raise RecipeError(f"the data set {type(dataset).__name__} has no attribute {name!r}")
+        order, place = _below(place, order), below
+    kept = getattr(place, name)
+    try:
+        values = torch.as_tensor(kept)
+    except (TypeError, ValueError, RuntimeError):
+        values = None
+    if values is not None and values.dim() == 1 and len(values) > len(place):  # a selection carried it along
+        order = _below(place, order)
+    if values is not None and values.dim() == 1:
+        values = values if order is None else values[order]
+    if values is None or values.dim() != 1 or len(values) != len(dataset):
+        got = f"a {type(kept).__name__}" if values is None else f"{list(values.shape)}"
+        raise RecipeError(
+            f"the attribute {name!r} of {type(place).__name__} must be one number a sample, [{len(dataset)}]; got {got}"
+        )
+    return values
+
+
+def _below(dataset: Any, order: Tensor | None) -> Tensor | None:
+    """Indices into what a data set selects from."""
+    indices = getattr(dataset, "indices", None)
+    if indices is None:
+        return order
+    indices = torch.as_tensor(indices)
+    return indices if order is None else indices[order]
 
 
 def class_counts(trainer: pl.Trainer) -> Tensor:

@@ -32,7 +32,7 @@ from lightning_recipes.core.patch import Patch
 from lightning_recipes.core.phases import PhasePlan, Phases
 from lightning_recipes.core.reentry import what_a_resume_loses
 from lightning_recipes.core.step import StepSocket
-from lightning_recipes.core.surgery import Operation, Surgery, as_structure, rebuilt, stored_in
+from lightning_recipes.core.surgery import Operation, Surgery, Writing, as_structure, rebuilt, stored_in
 
 if TYPE_CHECKING:
     from lightning_recipes.core.recipe import Recipe, StepRecipe
@@ -95,6 +95,16 @@ class Plan:
         In validate, test and predict it is carried out as the checkpoint describes it, where it does.
         """
         self._session.surgeries[self._recipe] = spec
+
+    def write_weights(self, values: Callable[[], Mapping[str, Tensor]]) -> Writing:
+        """Have weights written over before training; the recipe settles them once a step is under way.
+
+        Args:
+            values: asked for before surgery; new values by the parameter's name.
+        """
+        writing = Writing(self.module, values)
+        self._session.writings[self._recipe] = writing
+        return writing
 
     def after_surgery(self, look: Callable[[], None]) -> None:
         """Have the recipe look at the network once all surgery is done and all names are final; it may refuse then."""
@@ -161,6 +171,7 @@ class Session:
         self.step_recipes: list[StepRecipe] = []
         self.edits: list[Recipe] = []
         self.parts: list[Part] = []
+        self.writings: dict[Recipe, Writing] = {}
         self.looks: dict[Recipe, Callable[[], None]] = {}
         self.phase_plan: tuple[Recipe, PhasePlan] | None = None
         self.phases: Phases | None = None
@@ -268,12 +279,20 @@ class Session:
         if self.fitting and not self.keeps_place and (lost := what_a_resume_loses(checkpoint)):
             rank_zero_warn(lost)
         try:
+            if self.fitting:
+                self._write()
             self._operate(plans, resumes="callbacks" in checkpoint)
             if self.fitting:
                 self._attach(checkpoint)
         except BaseException:
             self.close()
             raise
+
+    def _write(self) -> None:
+        for recipe, writing in self.writings.items():
+            self._undo.callback(writing.take_back)
+            with speaking_for(recipe):
+                writing.write()
 
     def _operate(self, plans: Mapping[Recipe, Plan], resumes: bool) -> None:
         for recipe, spec in self.surgeries.items():

@@ -51,6 +51,11 @@ def training_samples(trainer: pl.Trainer) -> Samples:
         RecipeError: when there is not one loader over a data set that is read by index.
     """
     trainer.fit_loop.setup_data()
+    return samples_at_hand(trainer)
+
+
+def samples_at_hand(trainer: pl.Trainer) -> Samples:
+    """:func:`training_samples` of the loader that is there, where a fit must not be made to load the next one yet."""
     loaders = trainer.fit_loop._combined_loader.flattened
     loader = loaders[0] if len(loaders) == 1 else None
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -87,6 +92,13 @@ def samples_of(loader: DataLoader, dataset: Any = None, chosen: Sequence[int] | 
         generator=random.generator("training samples"),
     )
     return Samples(plain, share, len(chosen))
+
+
+def some_of(total: int, most: int, *stream: int | str) -> Sequence[int]:
+    """Ascending indices of at most so many samples, drawn once and for all by the parts of `stream`."""
+    if total <= most:
+        return range(total)
+    return torch.randperm(total, generator=random.generator(*stream))[:most].sort().values.tolist()
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ the same structure is built again for a resume, and for validate, test and predi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -73,6 +75,42 @@ class Operation:
         """Give the module its stock structure back; `merge` folds in what was trained, where that can be done."""
         self.undo.close()
         self.made = {}
+
+
+class Writing:
+    """Values that a recipe writes over parameters before training begins: before surgery, so that adapters stand on
+    them, and before a checkpoint is restored, which writes over them in turn.
+
+    What stood there is kept until :meth:`settle` and comes back with :meth:`take_back`, so that a fit that is refused
+    leaves the module as it was.
+
+    Args:
+        module: the user's.
+        values: from nothing to the new values by the parameter's name; they may be fewer than all.
+    """
+
+    def __init__(self, module: pl.LightningModule, values: Callable[[], Mapping[str, Tensor]]) -> None:
+        self.module, self._values = module, values
+        self._before: dict[Parameter, Tensor] = {}
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write them."""
+        parameters = dict(self.module.named_parameters())
+        for name, value in self._values().items():
+            self._before[parameters[name]] = parameters[name].detach().clone()
+            parameters[name].copy_(value)
+
+    def settle(self) -> None:
+        """Training has begun: they stay."""
+        self._before.clear()
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Put back what stood there, unless they are settled."""
+        for parameter, value in self._before.items():
+            parameter.copy_(value)
+        self._before.clear()
 
 
 def as_structure(spec: Surgery) -> dict[str, Any]:

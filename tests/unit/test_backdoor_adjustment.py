@@ -26,8 +26,7 @@ from lightning_recipes.callbacks.robustness.backdoor_adjustment import disagreem
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.outputs import logits_in, part_of, replace_outputs, watch_outputs
 from lightning_recipes.modules import ImageClassifier
-from tests.conformance.lives import process
-from tests.stock import Classifier, loader, mlp, quiet, same, samples, weights
+from tests.stock import Classifier, in_two_ranks, loader, mlp, quiet, same, samples, weights
 
 # -- maths -------------------------------------------------------------------------------------------------------------
 
@@ -366,25 +365,26 @@ def test_an_attack_at_evaluation_attacks_the_mixture(tmp_path: Path) -> None:
     assert attacked["robust_accuracy/fgsm"] < values["robust_accuracy/clean"]
 
 
+def _measure(**settings: Any) -> dict[str, float]:
+    own, recipes = member(0), [BackdoorAdjustment([member(1)]), LongTailMonitor([200, 50, 3])]
+    trainer = quiet(callbacks=recipes, **settings)
+    (values,) = trainer.test(own, loader(X, Y), verbose=False)
+    still = Evaluates(mlp(seed=0), lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    trainer = quiet(callbacks=recipes, limit_train_batches=1, **settings)
+    trainer.fit(still, loader(X, Y), loader(X, Y))
+    fitted = {f"fit {k}": v.item() for k, v in trainer.callback_metrics.items() if k.startswith("long_tail")}
+    return {**{k: v for k, v in values.items() if "/" in k and not k.startswith("test")}, **fitted}
+
+
+def _measure_on_a_rank(rank: int, folder: Path) -> None:
+    torch.save(_measure(devices=2, strategy="ddp", plugins=LightningEnvironment()), folder / f"{rank}.pt")
+
+
+@pytest.mark.ddp
 def test_on_two_ranks_figures_are_those_of_one_process(tmp_path: Path) -> None:
     """Also in a fit's validation, where DDP routes the step through the module's forward."""
-
-    def measure(**settings: Any) -> dict[str, float]:
-        own, recipes = member(0), [BackdoorAdjustment([member(1)]), LongTailMonitor([200, 50, 3])]
-        trainer = quiet(callbacks=recipes, **settings)
-        (values,) = trainer.test(own, loader(X, Y), verbose=False)
-        still = Evaluates(mlp(seed=0), lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-        trainer = quiet(callbacks=recipes, limit_train_batches=1, **settings)
-        trainer.fit(still, loader(X, Y), loader(X, Y))
-        fitted = {f"fit {k}": v.item() for k, v in trainer.callback_metrics.items() if k.startswith("long_tail")}
-        return {**{k: v for k, v in values.items() if "/" in k and not k.startswith("test")}, **fitted}
-
-    def run(rank: int) -> None:
-        torch.save(measure(devices=2, strategy="ddp", plugins=LightningEnvironment()), tmp_path / f"{rank}.pt")
-
-    statuses = process(run, tmp_path, "two", ranks=2)
-    assert statuses == [0, 0], "".join(path.read_text() for path in tmp_path.glob("*.error"))
-    alone, both = measure(), [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    in_two_ranks(_measure_on_a_rank, tmp_path)
+    alone, both = _measure(), [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert both[0] == both[1] == pytest.approx(alone) and len(alone) >= 7
 
 

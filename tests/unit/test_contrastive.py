@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import socket
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +29,7 @@ from lightning_recipes.modules import (
 )
 from lightning_recipes.modules.contrastive import two_views
 from lightning_recipes.modules.projection import dead_coordinates
-from tests.stock import quiet
+from tests.stock import in_two_ranks, quiet
 
 # -- heads -----------------------------------------------------------------------------------------------------------
 
@@ -202,29 +202,17 @@ def _gradient(rank: int, world: int) -> dict[str, tuple[float, Tensor]]:
     return found
 
 
-def _rank(rank: int, port: int, pipe: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    whole = gather(torch.arange(3) + 10 * rank)
+def _rank(rank: int, folder: Path) -> None:
+    place = f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
     found = {name: (value, gradient.tolist()) for name, (value, gradient) in _gradient(rank, 2).items()}
-    pipe.send((whole.tolist(), found))
+    torch.save((gather(torch.arange(3) + 10 * rank).tolist(), found), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_have_the_loss_and_the_gradient_of_one_process() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe() for _ in range(2)]
-    ranks = [context.Process(target=_rank, args=(rank, port, pipes[rank][1])) for rank in range(2)]
-    for each in ranks:
-        each.start()
-    for _, theirs in pipes:
-        theirs.close()
-    results = [ours.recv() for ours, _ in pipes]
-    for each in ranks:
-        each.join()
+def test_two_ranks_have_the_loss_and_the_gradient_of_one_process(tmp_path: Path) -> None:
+    in_two_ranks(_rank, tmp_path)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     one = _gradient(0, 1)
     for whole, found in results:
         assert whole == [0, 1, 2, 10, 11, 12]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import socket
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
@@ -25,7 +25,7 @@ from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.schedule import EveryN
 from lightning_recipes.modules import AugmentBatch, DualInputOutput, ImageClassifier, LightweightCNN, UnifiedClassifier
 from lightning_recipes.modules.dual_input_output import warp
-from tests.stock import Classifier, Watch, loader, quiet, same, weights
+from tests.stock import Classifier, Watch, in_two_ranks, loader, quiet, same, weights
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "papers"
 GROUPS = [["head"], ["a.conv2", "b.conv2"], ["a.conv1", "b.conv1"]]
@@ -420,29 +420,19 @@ def test_an_augmentation_that_changes_shapes_is_an_error_before_any_update(augme
     assert same(weights(module), before)
 
 
-def _as_one_of_two(rank: int, folder: str, port: int) -> None:
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
-    torch.set_num_threads(1)
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "LOCAL_RANK": str(rank)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in place.items():
-            patch.setenv(name, value)
-        for name, augment in (("fixed", flipped), ("drawn", None)):
-            module = dual(augment=augment)
-            trainer = quiet(
-                max_epochs=2, devices=2, strategy="ddp", plugins=LightningEnvironment(), use_distributed_sampler=False
-            )
-            trainer.fit(module, loader(X[rank::2], Y[rank::2], size=4))
-            torch.save(weights(module), Path(folder, f"{name}{rank}.pt"))
+def _as_one_of_two(rank: int, folder: str) -> None:
+    for name, augment in (("fixed", flipped), ("drawn", None)):
+        module = dual(augment=augment)
+        trainer = quiet(
+            max_epochs=2, devices=2, strategy="ddp", plugins=LightningEnvironment(), use_distributed_sampler=False
+        )
+        trainer.fit(module, loader(X[rank::2], Y[rank::2], size=4))
+        torch.save(weights(module), Path(folder, f"{name}{rank}.pt"))
 
 
 @pytest.mark.ddp
 def test_two_ranks_are_one_process_on_the_same_batches_and_stay_together_under_their_own_noise(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_as_one_of_two, (str(tmp_path), port), nprocs=2, start_method="fork")
+    in_two_ranks(_as_one_of_two, str(tmp_path))
     ranks = {name: torch.load(tmp_path / f"{name}.pt") for name in ("fixed0", "fixed1", "drawn0", "drawn1")}
     one = dual(augment=flipped)
     fit(one)

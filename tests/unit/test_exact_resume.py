@@ -110,7 +110,7 @@ class Module(pl.LightningModule):
         self.log_dict(self.metrics.compute())
         self.metrics.reset()
         with torch.no_grad():
-            self.net[4].bias.add_(1e-3 * torch.rand(3))
+            self.net[4].bias.add_(1e-3 * torch.rand(3, device=self.device))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
@@ -121,7 +121,7 @@ class Module(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         with torch.no_grad():
-            self.net[4].bias.add_(1e-3 * torch.rand(3))
+            self.net[4].bias.add_(1e-3 * torch.rand(3, device=self.device))
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make(self.parameters(), lr=1e-2)

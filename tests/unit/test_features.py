@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_recipes.core.dry_run import a_few_samples, arguments_of
+from lightning_recipes.core.dry_run import FewSamples, a_few_samples, arguments_of, first_tensor
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.features import (
     Edits,
@@ -289,6 +289,17 @@ def test_a_dry_run_finds_a_parts_arguments_in_the_modules_own_step_and_leaves_no
     assert (losses, read) == (0, 4)
     assert torch.equal(statistics, torch.zeros(6))
     assert module.losses == 1
+
+
+def test_a_dry_run_is_where_the_weights_are_and_not_where_the_fit_will_move_them():
+    def look(module):
+        few = FewSamples(module)
+        module._device = torch.device("meta")  # as Lightning sets it before it moves them
+        batch = few.first()
+        module._device = torch.device("cpu")
+        return first_tensor(batch).device.type
+
+    assert inside_a_fit(Counts(), DataLoader(AsDicts(), 8), look) == "cpu"
 
 
 class Shuffled:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.features import Taps
 from lightning_recipes.core.probe import encode, training_samples
-from tests.stock import Classifier, Watch, mlp, quiet, same, samples, weights
+from tests.stock import Classifier, Watch, in_two_ranks, mlp, quiet, same, samples, weights
 
 X, Y = samples(14)
 
@@ -134,14 +131,13 @@ def test_features_that_are_no_vectors_are_an_error():
     quiet(callbacks=[Watch(on_train_start=look)]).fit(Classifier(), DataLoader(TensorDataset(X, Y), 4))
 
 
-def _rank(rank, port, path):
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _rank(rank, path):
     found = []
     trainer = quiet(
         devices=2,
         strategy="ddp",
         callbacks=[encoding(found, lambda trainer: trainer.global_step == 1)],
-        plugins=_environment(),
+        plugins=LightningEnvironment(),
         limit_train_batches=1,
     )
     torch.manual_seed(0)
@@ -150,23 +146,9 @@ def _rank(rank, port, path):
     torch.save((found[0].features["z"], found[0].targets), f"{path}/rank{rank}.pt")
 
 
-def _environment():
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
-    return LightningEnvironment()
-
-
 @pytest.mark.ddp
 def test_two_ranks_share_the_work_and_both_get_all_of_it_in_order(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, port, tmp_path)) for rank in range(2)]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join(120)
+    in_two_ranks(_rank, tmp_path)
     torch.manual_seed(0)
     module = Classifier(WithDropout()).eval()
     expected = module.net[2][:2](module.net[0](X)).detach()

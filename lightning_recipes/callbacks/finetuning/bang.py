@@ -64,6 +64,7 @@ from lightning_recipes.core.evaluation import (
     pass_through,
     training_loader,
     validation_loaders,
+    where_it_trained,
 )
 from lightning_recipes.core.mixing import Mixing, as_probabilities, check_targets, smooth
 from lightning_recipes.core.prepare import Plan, Session
@@ -331,9 +332,9 @@ class WiSEFT(Recipe):
                 " left with its fine-tuned weights"
             )
             return
-        with speaking_for(self):
+        with speaking_for(self), where_it_trained(trainer):
             fishers = self._fishers(trainer, pl_module) if self.fisher else ({}, {})
-            values = {"wise/distance": distance(self._theta_0, live)}
+            values = {"wise/distance": distance(self._theta_0, tensors_of(pl_module))}
             if self.grid is not None:
                 values |= self._measure(trainer, pl_module, fishers)
             log_values(trainer, values)

@@ -5,7 +5,7 @@ Of the paper of ``ProjectionHead``; the file of that has what z and u are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,16 +13,23 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from lightning_recipes.core import random
 from lightning_recipes.core.diagnostics import History, where_to_draw
 from lightning_recipes.core.distributed import decided_on_rank_zero, rank_and_world
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.features import Taps, head_input
 from lightning_recipes.core.head_fit import accuracy, balanced, fit_logistic, where_to_fit, worst_group
+from lightning_recipes.core.labels import sample_values
 from lightning_recipes.core.prepare import Plan
-from lightning_recipes.core.probe import Samples, bar, encode, samples_of, training_samples, validation_samples
+from lightning_recipes.core.probe import (
+    Samples,
+    bar,
+    encode,
+    samples_of,
+    some_of,
+    training_samples,
+    validation_samples,
+)
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.step import observe
 from lightning_recipes.modules.projection import PAPER, FixedReweighting, path_of_head
@@ -131,7 +138,7 @@ class PrePostMonitor(Recipe):
                 dataset = training_samples(trainer).loader.dataset  # asked for now, that a bad one is no late error
                 for name in (self.labels, self.group):
                     if isinstance(name, str):
-                        _attribute(dataset, name)
+                        sample_values(dataset, name)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = trainer.sanity_checking or trainer.current_epoch % self.every_n_epochs == 0
@@ -154,10 +161,7 @@ class PrePostMonitor(Recipe):
         self, trainer: pl.Trainer, module: pl.LightningModule, samples: Samples, most: int
     ) -> dict[str, Tensor]:
         """z, u where there is one, y and the groups of at most so many samples, the same ones on every rank."""
-        chosen: Sequence[int] = range(samples.total)
-        if samples.total > most:
-            drawn = torch.randperm(samples.total, generator=random.generator(self.seed, "PrePostMonitor"))
-            chosen = drawn[:most].sort().values.tolist()
+        chosen = some_of(samples.total, most, self.seed, "PrePostMonitor")
         now: dict[str, Tensor] = {}
 
         def run(batch: Any, number: int) -> Tensor:
@@ -176,7 +180,7 @@ class PrePostMonitor(Recipe):
         columns = {"y": found.targets, **found.features}
         for name, of in self._asked_for.items():
             if isinstance(of, str):
-                columns[name] = _attribute(samples.loader.dataset, of)[torch.as_tensor(chosen)]
+                columns[name] = sample_values(samples.loader.dataset, of)[torch.as_tensor(chosen)]
         if columns["y"].dim() == 2 and columns["y"].is_floating_point():
             columns["y"] = columns["y"].argmax(1)  # soft targets
         if "group" in columns:
@@ -274,41 +278,3 @@ class _Sides:
         if self._head is not None:
             self.values["u"] = self._head(self.values["z"])
         return targets
-
-
-def _attribute(dataset: Dataset, name: str) -> Tensor:
-    """One number a sample from an attribute of a data set, or of what it is a subset of.
-
-    Raises:
-        RecipeError: when none has it, or it is not one number a sample.
-    """
-    place, order = dataset, None
-    while not hasattr(place, name):
-        below = getattr(place, "dataset", getattr(place, "source", None))
-        if below is None:
-            raise RecipeError(f"the data set {type(dataset).__name__} has no attribute {name!r}")
-        order, place = _below(place, order), below
-    kept = getattr(place, name)
-    try:
-        values = torch.as_tensor(kept)
-    except (TypeError, ValueError, RuntimeError):
-        values = None
-    if values is not None and values.dim() == 1 and len(values) > len(place):  # a selection carried it along
-        order = _below(place, order)
-    if values is not None and values.dim() == 1:
-        values = values if order is None else values[order]
-    if values is None or values.dim() != 1 or len(values) != len(dataset):
-        got = f"a {type(kept).__name__}" if values is None else f"{list(values.shape)}"
-        raise RecipeError(
-            f"the attribute {name!r} of {type(place).__name__} must be one number a sample, [{len(dataset)}]; got {got}"
-        )
-    return values
-
-
-def _below(dataset: Any, order: Tensor | None) -> Tensor | None:
-    """Indices into what a data set selects from."""
-    indices = getattr(dataset, "indices", None)
-    if indices is None:
-        return order
-    indices = torch.as_tensor(indices)
-    return indices if order is None else indices[order]
