@@ -9,6 +9,8 @@ from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.slca import SLCA
+from lightning_recipes.callbacks.data.bayes_gap import BayesGapMonitor
+from lightning_recipes.callbacks.data.in_context_prediction import InContextPrediction
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
 from lightning_recipes.callbacks.finetuning.levi import LEVI
@@ -39,6 +41,7 @@ __all__ = [
     "SLCA",
     "AdaptFormer",
     "BackdoorAdjustment",
+    "BayesGapMonitor",
     "ClassWeights",
     "CosineHead",
     "CutMix",
@@ -48,6 +51,7 @@ __all__ = [
     "FreezeOut",
     "GradientNoise",
     "Guidance",
+    "InContextPrediction",
     "InsertAttention",
     "LogitAdjustment",
     "LongTailMonitor",

@@ -15,6 +15,7 @@ The first and the third are Gaussian with known covariance, so the posterior pre
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -30,8 +31,8 @@ JITTER = 1e-6
 class Prior:
     """Base of all priors; a subclass implements :meth:`sample` and may be named in YAML by its ``class_path``.
 
-    It keeps every constructor argument in an attribute of the same name and holds no random state: all draws come from
-    the generator that it is given.
+    Those here are dataclasses, so that a checkpoint can tell one from another. A prior holds no random state: all draws
+    come from the generator that it is given.
     """
 
     closed_form: ClassVar[bool] = False
@@ -161,6 +162,7 @@ _EXACT = "donot_use_mm_for_euclid_dist"  # the other way loses what a covariance
 KERNELS = {"rbf": rbf, "matern52": matern52}
 
 
+@dataclass
 class GPPrior(GaussianPrior):
     """A Gaussian process with fixed hyper-parameters, x uniform on [0, 1]^F; the paper's for Figure 3.
 
@@ -171,22 +173,21 @@ class GPPrior(GaussianPrior):
         kernel_name: 'rbf' or 'matern52'.
     """
 
-    def __init__(
-        self,
-        lengthscale: float = 0.6,
-        outputscale: float = 1.0,
-        noise: float = 1e-4,
-        kernel_name: Literal["rbf", "matern52"] = "rbf",
-    ) -> None:
-        for name, value in (("lengthscale", lengthscale), ("outputscale", outputscale), ("noise", noise)):
-            check_argument(value > 0, self, name, value, "positive")
-        check_argument(kernel_name in KERNELS, self, "kernel_name", kernel_name, "'rbf' or 'matern52'")
-        self.lengthscale, self.outputscale, self.noise, self.kernel_name = lengthscale, outputscale, noise, kernel_name
+    lengthscale: float = 0.6
+    outputscale: float = 1.0
+    noise: float = 1e-4
+    kernel_name: Literal["rbf", "matern52"] = "rbf"
+
+    def __post_init__(self) -> None:
+        for name in ("lengthscale", "outputscale", "noise"):
+            check_argument(getattr(self, name) > 0, self, name, getattr(self, name), "positive")
+        check_argument(self.kernel_name in KERNELS, self, "kernel_name", self.kernel_name, "'rbf' or 'matern52'")
 
     def kernel(self, a: Tensor, b: Tensor) -> Tensor:
         return self.outputscale * KERNELS[self.kernel_name](a, b, self.lengthscale)
 
 
+@dataclass
 class LinearPrior(GaussianPrior):
     """Bayesian ridge regression: y = w.x + b + noise with w ~ N(0, weight_std^2), b ~ N(0, bias_std^2).
 
@@ -197,20 +198,21 @@ class LinearPrior(GaussianPrior):
         low, high: x is uniform between them.
     """
 
-    def __init__(
-        self,
-        weight_std: float = 0.1,
-        bias_std: float = 0.0,
-        noise_std: float = 0.1,
-        low: float = 0.0,
-        high: float = 1.0,
-    ) -> None:
-        check_argument(weight_std > 0, self, "weight_std", weight_std, "positive")
-        check_argument(bias_std >= 0, self, "bias_std", bias_std, "at least 0")
-        check_argument(noise_std > 0, self, "noise_std", noise_std, "positive")
-        check_argument(low < high, self, "high", high, f"above low ({low})")
-        self.weight_std, self.bias_std, self.noise_std, self.low, self.high = weight_std, bias_std, noise_std, low, high
-        self.noise = noise_std**2
+    weight_std: float = 0.1
+    bias_std: float = 0.0
+    noise_std: float = 0.1
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_argument(self.weight_std > 0, self, "weight_std", self.weight_std, "positive")
+        check_argument(self.bias_std >= 0, self, "bias_std", self.bias_std, "at least 0")
+        check_argument(self.noise_std > 0, self, "noise_std", self.noise_std, "positive")
+        check_argument(self.low < self.high, self, "high", self.high, f"above low ({self.low})")
+
+    @property
+    def noise(self) -> float:
+        return self.noise_std**2
 
     def inputs(self, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
         return self.low + (self.high - self.low) * super().inputs(shape, generator)
@@ -228,6 +230,7 @@ class LinearPrior(GaussianPrior):
         return self.weight_std**2 * a @ b.transpose(1, 2) + self.bias_std**2
 
 
+@dataclass
 class SampledGPPrior(Prior):
     """A Gaussian process whose hyper-parameters differ from data set to data set, each from a gamma distribution.
 
@@ -236,20 +239,17 @@ class SampledGPPrior(Prior):
         kernel_name: 'matern52' or 'rbf'.
     """
 
-    def __init__(
-        self,
-        lengthscale: tuple[float, float] = (3.0, 6.0),
-        outputscale: tuple[float, float] = (0.5, 0.15),
-        noise: tuple[float, float] = (1.1, 0.05),
-        kernel_name: Literal["rbf", "matern52"] = "matern52",
-    ) -> None:
-        for name, value in (("lengthscale", lengthscale), ("outputscale", outputscale), ("noise", noise)):
-            check_argument(
-                len(value) == 2 and min(value) > 0, self, name, value, "a concentration and a rate, both positive"
-            )
-        check_argument(kernel_name in KERNELS, self, "kernel_name", kernel_name, "'rbf' or 'matern52'")
-        self.lengthscale, self.outputscale, self.noise = tuple(lengthscale), tuple(outputscale), tuple(noise)
-        self.kernel_name = kernel_name
+    lengthscale: tuple[float, float] = (3.0, 6.0)
+    outputscale: tuple[float, float] = (0.5, 0.15)
+    noise: tuple[float, float] = (1.1, 0.05)
+    kernel_name: Literal["rbf", "matern52"] = "matern52"
+
+    def __post_init__(self) -> None:
+        for name in ("lengthscale", "outputscale", "noise"):
+            given = getattr(self, name)
+            both = len(given) == 2 and min(given) > 0
+            check_argument(both, self, name, given, "a concentration and a rate, both positive")
+        check_argument(self.kernel_name in KERNELS, self, "kernel_name", self.kernel_name, "'rbf' or 'matern52'")
 
     def sample(
         self, n_tokens: int, batch: int, num_features: int, generator: Generator | None = None
@@ -265,6 +265,7 @@ class SampledGPPrior(Prior):
         return x.transpose(0, 1).float(), y.T.float()
 
 
+@dataclass
 class MLPPrior(Prior):
     """A Bayesian neural network: y of a random MLP with tanh, whose sizes and scales differ from data set to data set.
 
@@ -280,24 +281,22 @@ class MLPPrior(Prior):
         binary: targets are 0 or 1: below and above the median of the data set.
     """
 
-    def __init__(
-        self,
-        num_layers: int = 3,
-        max_hidden: int = 150,
-        weight_std: tuple[float, float] = (3.62, 0.0677),
-        noise_std: tuple[float, float] = (1.87, 0.0528),
-        weight_dropout: float = 0.0,
-        vary_features: bool = False,
-        binary: bool = False,
-    ) -> None:
-        check_argument(num_layers >= 2, self, "num_layers", num_layers, "at least 2")
-        check_argument(max_hidden >= 2, self, "max_hidden", max_hidden, "at least 2")
-        for name, value in (("weight_std", weight_std), ("noise_std", noise_std)):
-            check_argument(len(value) == 2 and min(value) > 0, self, name, value, "a shape and a scale, both positive")
-        check_argument(0 <= weight_dropout < 1, self, "weight_dropout", weight_dropout, "in [0, 1)")
-        self.num_layers, self.max_hidden, self.weight_dropout = num_layers, max_hidden, weight_dropout
-        self.weight_std, self.noise_std = tuple(weight_std), tuple(noise_std)
-        self.vary_features, self.binary = vary_features, binary
+    num_layers: int = 3
+    max_hidden: int = 150
+    weight_std: tuple[float, float] = (3.62, 0.0677)
+    noise_std: tuple[float, float] = (1.87, 0.0528)
+    weight_dropout: float = 0.0
+    vary_features: bool = False
+    binary: bool = False
+
+    def __post_init__(self) -> None:
+        check_argument(self.num_layers >= 2, self, "num_layers", self.num_layers, "at least 2")
+        check_argument(self.max_hidden >= 2, self, "max_hidden", self.max_hidden, "at least 2")
+        for name in ("weight_std", "noise_std"):
+            given = getattr(self, name)
+            both = len(given) == 2 and min(given) > 0
+            check_argument(both, self, name, given, "a shape and a scale, both positive")
+        check_argument(0 <= self.weight_dropout < 1, self, "weight_dropout", self.weight_dropout, "in [0, 1)")
 
     def sample(
         self, n_tokens: int, batch: int, num_features: int, generator: Generator | None = None
