@@ -182,7 +182,7 @@ def test_what_it_cannot_predict_on_is_said_and_the_module_is_let_go_of(trained: 
         with pytest.raises(RecipeError, match=f"InContextPrediction:? .*{says}|InContextPrediction: {says}"):
             predict(trained, batches, **arguments)
         assert "predict_step" not in vars(trained)
-    with pytest.raises(RecipeError, match="InContextPrediction: predicts with a PFNModule.*Classifier takes none"):
+    with pytest.raises(RecipeError, match=r"InContextPrediction: predicts with a PFNModule.*Classifier takes none"):
         predict(Classifier(), DataLoader(queries, 21), context=(x, y))
     with pytest.raises(RecipeError, match="borders were never estimated"):
         predict(PFNModule(2, **SIZES), DataLoader(queries, 21), context=(x, y))
