@@ -1,4 +1,4 @@
-"""Prior-data fitted network: a transformer trained on data sets of a prior comes close to the exact posterior predictive.
+"""Prior-data fitted network: a transformer trained on data sets of a prior comes close to the exact posterior.
 
 Bayesian linear regression in one dimension, whose posterior is known. Both networks are the same but for the training;
 what is measured is how much each loses to the posterior on the same fresh data sets.

@@ -1,4 +1,4 @@
-"""The prior-data fitted network's claim on Bayesian linear regression, after a shorter training than the evidence has."""
+"""The prior-data fitted network's claim on Bayesian linear regression, trained for less long than in the evidence."""
 
 import pytest
 
