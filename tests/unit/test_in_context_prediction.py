@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +21,7 @@ from lightning_recipes.callbacks.data.in_context_prediction import Scaling
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.datamodules import LinearPrior, MLPPrior, PriorDataModule, TableDataModule
 from lightning_recipes.modules import PFNModule
-from tests.stock import Classifier, Watch, quiet
+from tests.stock import Classifier, Watch, in_two_ranks, quiet
 
 RIDGE = LinearPrior(1.0, 1.0, 0.3, -1.0, 1.0)
 SIZES = {"emsize": 16, "nhead": 2, "nlayers": 1, "nhid": 32, "num_buckets": 20}
@@ -139,6 +140,31 @@ def test_a_csv_file_becomes_another_one_and_a_picture(trained: PFNModule, tmp_pa
     assert [float(row["mean"]) for row in rows] == pytest.approx(torch.cat([p["mean"] for p in parts]).tolist())
     assert all(float(row["lower"]) < float(row["median"]) < float(row["upper"]) for row in rows)
     assert (tmp_path / "out" / "predictions.png").stat().st_size > 5000
+
+
+def _on_two_ranks(rank: int, folder: Path) -> None:
+    module = PFNModule.load_from_checkpoint(folder / "pfn.ckpt", weights_only=True)
+    recipe = InContextPrediction(folder=str(folder / "two"), draw=False)
+    settings = {"devices": 2, "strategy": "ddp", "plugins": LightningEnvironment()}
+    parts = quiet(callbacks=[recipe], **settings).predict(
+        module, datamodule=TableDataModule(str(folder / "table.csv"), batch_size=4)
+    )
+    assert sum(len(part["mean"]) for part in parts) in (10, 11), "each rank its share"
+
+
+@pytest.mark.ddp
+def test_two_ranks_write_the_file_of_one(trained: PFNModule, tmp_path: Path) -> None:
+    written(tmp_path / "table.csv", 2)
+    trainer = quiet(callbacks=[InContextPrediction(folder=str(tmp_path / "one"), draw=False)])
+    trainer.predict(trained, datamodule=TableDataModule(str(tmp_path / "table.csv"), batch_size=4))
+    trainer.save_checkpoint(tmp_path / "pfn.ckpt")
+    in_two_ranks(_on_two_ranks, tmp_path)
+    one, two = (
+        [[float(cell) for cell in row] for row in list(csv.reader((tmp_path / name / "predictions.csv").open()))[1:]]
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) == 21
+    assert torch.allclose(torch.tensor(one), torch.tensor(two), atol=1e-4)
 
 
 def test_the_command_trains_and_predicts_from_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
