@@ -11,7 +11,9 @@ from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.group_mask import GroupMask
 from lightning_recipes.callbacks.continual.slca import SLCA
 from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
+from lightning_recipes.callbacks.data.bayes_gap import BayesGapMonitor
 from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
+from lightning_recipes.callbacks.data.in_context_prediction import InContextPrediction
 from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
 from lightning_recipes.callbacks.diagnostics.small_init import SmallInit
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
@@ -47,6 +49,7 @@ __all__ = [
     "AdaptiveSmoothing",
     "BackdoorAdjustment",
     "BayesErrorMonitor",
+    "BayesGapMonitor",
     "ClassWeights",
     "CosineHead",
     "CutMix",
@@ -59,6 +62,7 @@ __all__ = [
     "GrokkingMonitor",
     "GroupMask",
     "Guidance",
+    "InContextPrediction",
     "InsertAttention",
     "LogitAdjustment",
     "LongTailMonitor",

@@ -154,12 +154,14 @@ def draw_curves(
     ylabel: str,
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     log_x: bool = False,
+    points: Collection[str] = (),
 ) -> Path | None:
     """Draw curves by name, each as (x, y); None where matplotlib (the `plots` extra) is not installed.
 
     Args:
         bands: around curves of these names, each as (lower, upper): the spread over seeds.
         log_x: a log axis, on which 0 has its place left of 1.
+        points: names of those that are points without a line between them.
     """
     try:
         from matplotlib.figure import Figure
@@ -168,6 +170,9 @@ def draw_curves(
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, (x, y) in curves.items():
+        if name in points:
+            axes.scatter(x, y, s=14, color="black", zorder=3, label=name)
+            continue
         (line,) = axes.plot(x, y, marker="o", markersize=3, label=name)
         if bands is not None and name in bands:
             axes.fill_between(x, *bands[name], color=line.get_color(), alpha=0.2, linewidth=0)
@@ -325,6 +330,10 @@ class Monitor(Recipe):
         """Measure, silently; the same names every time, and the same values on every rank."""
         raise NotImplementedError
 
+    def samples_in(self, batch: Any) -> int:
+        """How many samples a training batch of one process has, in the units of :meth:`forwards`."""
+        return size_of(batch)
+
     def derived(self) -> Mapping[str, float]:
         """What follows from the history so far, to be logged beside the last measurement."""
         return {}
@@ -376,7 +385,7 @@ class Monitor(Recipe):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._run.budget.trained += size_of(batch) * rank_and_world()[1]
+        self._run.budget.trained += self.samples_in(batch) * rank_and_world()[1]
         self._look_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,8 +9,11 @@ from lightning_recipes.datamodules.few_shot import FewShotDataModule
 from lightning_recipes.datamodules.folders import ImageFolderDataModule
 from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
 from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
+from lightning_recipes.datamodules.prior_data import PriorDataModule
+from lightning_recipes.datamodules.priors import GaussianPrior, GPPrior, LinearPrior, MLPPrior, Prior, SampledGPPrior
 from lightning_recipes.datamodules.scole import SCoLeDataModule
 from lightning_recipes.datamodules.superclasses import SuperclassDataModule
+from lightning_recipes.datamodules.table import TableDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
 from lightning_recipes.datamodules.two_classes import TwoClassDataModule
@@ -26,13 +29,21 @@ __all__ = [
     "DigitsDataModule",
     "DomainDataModule",
     "FewShotDataModule",
+    "GPPrior",
+    "GaussianPrior",
     "ImageDataModule",
     "ImageFolderDataModule",
     "LabelledImages",
+    "LinearPrior",
     "LongTailedDataModule",
+    "MLPPrior",
+    "Prior",
+    "PriorDataModule",
     "RotatedDigitsDataModule",
     "SCoLeDataModule",
+    "SampledGPPrior",
     "SuperclassDataModule",
+    "TableDataModule",
     "TextDataModule",
     "TorchvisionDataModule",
     "TwoClassDataModule",

@@ -4,6 +4,7 @@ from lightning_recipes.core.group_accuracy import LongTailAccuracy
 from lightning_recipes.modules.adaptive_smoothing import AdaptiveSmoothingModule
 from lightning_recipes.modules.balanced_attention import BalancedAttention, CoordinateAttention, SqueezeExcitation
 from lightning_recipes.modules.balanced_cnn import BalancedCNN, BalancedNet
+from lightning_recipes.modules.bar_distribution import BarDistribution, quantile_borders
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 from lightning_recipes.modules.contrastive import (
     ContrastivePretraining,
@@ -21,6 +22,7 @@ from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
 from lightning_recipes.modules.mixer import Mixer, MixingNetwork
 from lightning_recipes.modules.mlp import MLP
+from lightning_recipes.modules.pfn import PFNModule
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 from lightning_recipes.modules.small_cnn import SmallCNN
@@ -34,6 +36,7 @@ __all__ = [
     "BalancedAttention",
     "BalancedCNN",
     "BalancedNet",
+    "BarDistribution",
     "BaseToNovelAccuracy",
     "CausalLM",
     "CifarResNet",
@@ -52,6 +55,7 @@ __all__ = [
     "Mixer",
     "MixingNetwork",
     "NTXentLoss",
+    "PFNModule",
     "PreActResNet18",
     "SmallCNN",
     "SpectralContrastiveLoss",
@@ -63,4 +67,5 @@ __all__ = [
     "UnifiedClassifier",
     "aurc",
     "harmonic_mean",
+    "quantile_borders",
 ]

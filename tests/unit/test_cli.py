@@ -147,6 +147,7 @@ def test_recipes_are_the_public_callbacks_and_the_modules_that_a_paper_brings():
         "AdaptiveSmoothingModule",
         "BalancedCNN",
         "DualInputOutput",
+        "PFNModule",
         "UnlearnableDataModule",
     ]
     for cls in found.values():
