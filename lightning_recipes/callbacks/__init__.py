@@ -9,6 +9,7 @@ from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.slca import SLCA
+from lightning_recipes.callbacks.diagnostics.generalization_dynamics import GeneralizationMonitor
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
 from lightning_recipes.callbacks.finetuning.levi import LEVI
@@ -46,6 +47,7 @@ __all__ = [
     "ExactResume",
     "ForgettingMonitor",
     "FreezeOut",
+    "GeneralizationMonitor",
     "GradientNoise",
     "Guidance",
     "InsertAttention",

@@ -9,6 +9,7 @@ from lightning_recipes.datamodules.few_shot import FewShotDataModule
 from lightning_recipes.datamodules.folders import ImageFolderDataModule
 from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
 from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
+from lightning_recipes.datamodules.student_teacher import StudentTeacherDataModule
 from lightning_recipes.datamodules.superclasses import SuperclassDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
@@ -28,6 +29,7 @@ __all__ = [
     "LabelledImages",
     "LongTailedDataModule",
     "RotatedDigitsDataModule",
+    "StudentTeacherDataModule",
     "SuperclassDataModule",
     "TextDataModule",
     "TorchvisionDataModule",

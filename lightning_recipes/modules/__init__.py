@@ -17,6 +17,7 @@ from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
+from lightning_recipes.modules.linear_student import LinearStudent
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
 from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.preact_resnet import PreActResNet18
@@ -43,6 +44,7 @@ __all__ = [
     "ImageClassifier",
     "LEVIEnsemble",
     "LightweightCNN",
+    "LinearStudent",
     "LongTailAccuracy",
     "MLPHead",
     "NTXentLoss",

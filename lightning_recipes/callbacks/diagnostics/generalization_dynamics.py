@@ -159,9 +159,7 @@ def mode_weights(t: float | Tensor, eigenvalues: Tensor, start: Tensor, teacher:
     return start * (1 - learned) + end * learned
 
 
-def expected_test_error(
-    t: float | Tensor, law: Law, snr: float, inr: float = 0.0, steps: int | None = None
-) -> Tensor:
+def expected_test_error(t: float | Tensor, law: Law, snr: float, inr: float = 0.0, steps: int | None = None) -> Tensor:
     """E_test at times t, ``[...]``, in units of the noise.
 
     Args:
@@ -337,7 +335,9 @@ def words(now: Mapping[str, float], step: int, index: bool = False) -> str:
     lost, ahead = here - best, end - best
     without_end = "more than ten times the best" if ahead > 10 * best else f"{ahead:.3g} ({100 * ahead / best:.0f} %)"
     if ahead <= 0.01 * best and lost <= 0.01 * best:
-        said = f"Stop when you like: the {what} is {here:.3g}, and training on costs 1 % of it at most, even without end."
+        said = (
+            f"Stop when you like: the {what} is {here:.3g}, and training on costs 1 % of it at most, even without end."
+        )
     elif t > star and lost > 0.01 * best:
         said = (
             f"Stop now: the {what} was best at {at} ({best:.3g}), and overtraining has cost {lost:.3g}"
@@ -482,7 +482,9 @@ class GeneralizationMonitor(Monitor):
             return []
         if self.track_frozen == "first":
             layers = [
-                (name, part) for name, part in module.named_modules() if isinstance(getattr(part, "weight", None), Tensor)
+                (name, part)
+                for name, part in module.named_modules()
+                if isinstance(getattr(part, "weight", None), Tensor)
             ]
             return [name for name, part in layers[:1] if isinstance(part, nn.Linear)]
         names = select.parts_named(module, list(self.track_frozen), "track_frozen")
@@ -578,7 +580,9 @@ class GeneralizationMonitor(Monitor):
         if group is None or not layer.weight.requires_grad:
             differs.append("the readout does not train")
         elif not isinstance(optimizer, SGD):
-            differs.append(f"{type(optimizer).__name__} is no plain gradient descent, so t and t* are on no common scale")
+            differs.append(
+                f"{type(optimizer).__name__} is no plain gradient descent, so t and t* are on no common scale"
+            )
         else:
             if group.get("weight_decay"):
                 differs.append(f"weights decay ({group['weight_decay']:g})")
@@ -724,7 +728,9 @@ class GeneralizationMonitor(Monitor):
             "gain_data": s_e * (best - richer_best),
             "gain_start": s_e * (best - zero_best),
             "gain_ridge": s_e * (best - ridge),
-            "complexity": complexity(self._layer("readout").weight.detach() * of_probe.scale, of_probe, self.frozen_tol),
+            "complexity": complexity(
+                self._layer("readout").weight.detach() * of_probe.scale, of_probe, self.frozen_tol
+            ),
         }
         if train_error is not None:
             values["train_error"] = train_error
