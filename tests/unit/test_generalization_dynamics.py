@@ -316,7 +316,7 @@ def test_the_monitor_forecasts_the_errors_of_a_student(alpha: float) -> None:
     true = true_test_error(module.readout.weight.detach(), data.teacher)
     assert now["pred_test_error"] == pytest.approx(true, rel=0.15)
     assert now["frozen_frac"] == pytest.approx(max(0, 1 - alpha), abs=0.01)
-    assert now["mp_edge_lo"], now["mp_edge_hi"] == edges(alpha)
+    assert (now["mp_edge_lo"], now["mp_edge_hi"]) == edges(alpha)
     assert now["lambda_max"] == pytest.approx(now["mp_edge_hi"], rel=0.1)
     assert now["t_star"] == pytest.approx(optimal_stopping_time(marchenko_pastur(alpha), SNR, 1.0), rel=0.25)
     assert now["outside_update"] < 1e-5
@@ -344,7 +344,7 @@ def test_units_of_features_and_of_targets_change_no_figure_but_the_errors() -> N
 
 
 def test_stop_ends_a_fit_past_the_best_time() -> None:
-    monitor, module, data = student(steps=200, stop=True, patience_factor=1.2, every_n_steps=1)
+    monitor, _, _ = student(steps=200, stop=True, patience_factor=1.2, every_n_steps=1)
     star = monitor.history.values["t_star"][-1]
     assert 1.2 * star < monitor.history.values["t"][-1] < 1.2 * star + 0.21
     assert monitor.verdict.startswith("Stop now")

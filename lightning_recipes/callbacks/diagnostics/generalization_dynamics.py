@@ -11,8 +11,8 @@ goes on its own:
     E_test(t)  = 1 + 1/N sum_i [(SNR + INR) d_i^2 + (1 - d_i)^2 / l_i]          in units of the noise s_e
     E_train(t) = 1/P sum_{l_i > 0} [l_i (SNR + INR) + 1] d_i^2 + share of the samples beyond the rank
 
-A mode with l = 0 is frozen: it keeps its start for ever and costs SNR + INR. For large N the sums are integrals over the
-law of Marchenko and Pastur,
+A mode with l = 0 is frozen: it keeps its start for ever and costs SNR + INR. For large N the sums are integrals over
+the law of Marchenko and Pastur,
 
     rho(l) = sqrt((l+ - l)(l - l-)) / (2 pi l),   l+- = (sqrt(alpha) +- 1)^2,   and a mass max(0, 1 - alpha) at 0
 
@@ -69,6 +69,8 @@ SOFT = 0.1
 """A mode whose l t is below this has hardly begun to move."""
 FEWEST = 64
 """Samples of a probe below which a spectrum says nothing."""
+STUDENT = ""
+"""The readout among the tapped layers; the others go by their names."""
 
 # -- the theory ------------------------------------------------------------------------------------------------------
 
@@ -335,9 +337,7 @@ def words(now: Mapping[str, float], step: int, index: bool = False) -> str:
     lost, ahead = here - best, end - best
     without_end = "more than ten times the best" if ahead > 10 * best else f"{ahead:.3g} ({100 * ahead / best:.0f} %)"
     if ahead <= 0.01 * best and lost <= 0.01 * best:
-        said = (
-            f"Stop when you like: the {what} is {here:.3g}, and training on costs 1 % of it at most, even without end."
-        )
+        said = f"Stop when you like: the {what} is {here:.3g}, and training on costs 1 % at most, even without end."
     elif t > star and lost > 0.01 * best:
         said = (
             f"Stop now: the {what} was best at {at} ({best:.3g}), and overtraining has cost {lost:.3g}"
@@ -447,7 +447,7 @@ class GeneralizationMonitor(Monitor):
         check_argument(patience_factor >= 1, self, "patience_factor", patience_factor, "at least 1")
         named = track_frozen is None or track_frozen == "first" or not isinstance(track_frozen, str)
         check_argument(named, self, "track_frozen", track_frozen, "'first', None or a list of names")
-        self._points: dict[str, str] = {}  # the tapped linear layers' paths, by 'readout' or by their own name
+        self._points: dict[str, str] = {}  # the tapped linear layers' paths, by name
         self._taps: Taps | None = None
         self._module: pl.LightningModule | None = None
         self._clear()
@@ -474,19 +474,16 @@ class GeneralizationMonitor(Monitor):
 
     def _tap(self, module: pl.LightningModule) -> Taps:
         path, _ = head_input(module, self.readout or "auto")
-        self._points = {"readout": path} | {name: name for name in self._tracked(module)}
+        self._points = {STUDENT: path} | {name: name for name in self._tracked(module)}
         return Taps(module, {name: (where, "input") for name, where in self._points.items()})
 
     def _tracked(self, module: pl.LightningModule) -> list[str]:
         if self.track_frozen is None:
             return []
         if self.track_frozen == "first":
-            layers = [
-                (name, part)
-                for name, part in module.named_modules()
-                if isinstance(getattr(part, "weight", None), Tensor)
-            ]
-            return [name for name, part in layers[:1] if isinstance(part, nn.Linear)]
+            parts = dict(module.named_modules())
+            layers = [name for name, part in parts.items() if isinstance(getattr(part, "weight", None), Tensor)]
+            return [name for name in layers[:1] if isinstance(parts[name], nn.Linear)]
         names = select.parts_named(module, list(self.track_frozen), "track_frozen")
         for name in names:
             if not isinstance(part_of(module, name), nn.Linear):
@@ -496,6 +493,10 @@ class GeneralizationMonitor(Monitor):
 
     def _layer(self, name: str) -> nn.Linear:
         return part_of(self._module, self._points[name])
+
+    @property
+    def _weight(self) -> Tensor:
+        return self._layer(STUDENT).weight
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         probe = self._probe(trainer)
@@ -510,7 +511,7 @@ class GeneralizationMonitor(Monitor):
                 f"a probe of {probe.total} samples (probe_size={self.probe_size}, {total} training samples) says"
                 f" nothing of {self._outputs} outputs; it needs {least} at least"
             )
-        width = self._layer("readout").in_features
+        width = self._layer(STUDENT).in_features
         if min(width, probe.total) > WIDEST:
             raise RecipeError(
                 f"the readout has {width} inputs, and {WIDEST} are the most; name another or take a smaller probe_size"
@@ -522,12 +523,12 @@ class GeneralizationMonitor(Monitor):
             )
         for name in list(self._points):
             wide = self._layer(name).in_features
-            if name != "readout" and wide > WIDEST and (name in self._tokens or probe.total >= wide):
+            if name != STUDENT and wide > WIDEST and (name in self._tokens or probe.total >= wide):
                 self.limit(f"{name} has {wide} inputs, more than {WIDEST}, and is not tracked")
                 del self._points[name]
         if not self._start:
             self._start = {name: self._layer(name).weight.detach().cpu().clone() for name in self._points}
-            self._start["readout"] = self._start["readout"].double().square().mean()
+            self._start[STUDENT] = self._start[STUDENT].double().square().mean()
         if differs := self._differs(trainer, module, probe, total):
             self.limit(
                 "the theory is that of a linear model on fixed features under plain gradient descent from random"
@@ -540,7 +541,7 @@ class GeneralizationMonitor(Monitor):
         for name in self._points:
             x = self._taps[name]
             if x.dim() != 2 or len(x) != len(seen.targets):
-                if name == "readout":
+                if name == STUDENT:
                     raise RecipeError(
                         f"needs one feature vector a sample; {self._points[name]} got {tuple(x.shape)} for"
                         f" {len(seen.targets)} samples: name another with readout="
@@ -566,8 +567,7 @@ class GeneralizationMonitor(Monitor):
 
     def _differs(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Samples, total: int) -> list[str]:
         """What of this run is not as the theory has it."""
-        layer = self._layer("readout")
-        own = {id(p) for p in layer.parameters()}
+        weight, own = self._weight, {id(p) for p in self._layer(STUDENT).parameters()}
         found = {
             "classes": "the targets are class labels, so the figures are an index and no forecast",
             "other": "the loss is not seen to be the mean of squares",
@@ -575,14 +575,13 @@ class GeneralizationMonitor(Monitor):
         differs = [found[self._kind]] if self._kind in found else []
         if any(p.requires_grad and id(p) not in own for p in module.parameters()):
             differs.append("other layers train too and move the features")
-        group = next((g for o in trainer.optimizers for g in _groups_of(o, layer.weight)), None)
-        optimizer = next((o for o in trainer.optimizers if _groups_of(o, layer.weight)), None)
-        if group is None or not layer.weight.requires_grad:
+        group = next((g for o in trainer.optimizers for g in _groups_of(o, weight)), None)
+        optimizer = next((o for o in trainer.optimizers if _groups_of(o, weight)), None)
+        if group is None or not weight.requires_grad:
             differs.append("the readout does not train")
         elif not isinstance(optimizer, SGD):
-            differs.append(
-                f"{type(optimizer).__name__} is no plain gradient descent, so t and t* are on no common scale"
-            )
+            name = type(optimizer).__name__
+            differs.append(f"{name} is no plain gradient descent, so t and t* are on no common scale")
         else:
             if group.get("weight_decay"):
                 differs.append(f"weights decay ({group['weight_decay']:g})")
@@ -600,7 +599,7 @@ class GeneralizationMonitor(Monitor):
     # -- measuring -----------------------------------------------------------------------------------------------------
 
     def _stepped(self, optimizer: Optimizer) -> None:
-        for group in _groups_of(optimizer, self._layer("readout").weight):
+        for group in _groups_of(optimizer, self._weight):
             self._rates += float(group["lr"]) / (1 - float(group.get("momentum", 0.0)))
             self._steps += 1
 
@@ -615,7 +614,7 @@ class GeneralizationMonitor(Monitor):
         probe, device = self._probe(trainer), where_to_fit(module)
         widths = {name: self._layer(name).in_features for name in self._points}
         sums = {
-            name: Sums(width, self._outputs if name == "readout" else 0, device)
+            name: Sums(width, self._outputs if name == STUDENT else 0, device)
             for name, width in widths.items()
             if probe.total >= width or name in self._tokens
         }
@@ -628,8 +627,8 @@ class GeneralizationMonitor(Monitor):
             for name in self._points:
                 x = self._taps[name].detach()
                 if name in sums:
-                    sums[name].add(x.flatten(0, -2), y if name == "readout" else None)
-            bad.append(~self._taps["readout"].isfinite().all())
+                    sums[name].add(x.flatten(0, -2), y if name == STUDENT else None)
+            bad.append(~self._taps[STUDENT].isfinite().all())
             if self._kind == "squares":
                 off = (seen.logits.detach().reshape(y.shape) - y).double().square()
                 squares[0] += off.sum()
@@ -653,7 +652,7 @@ class GeneralizationMonitor(Monitor):
         def found(name: str, centred: bool) -> Spectrum:
             if name in total:
                 return total[name].spectrum(centred)
-            return spectrum(kept.features[name], kept.targets if name == "readout" else None, centred)
+            return spectrum(kept.features[name], kept.targets if name == STUDENT else None, centred)
 
         def inputs(name: str) -> Spectrum:
             """Of a tracked layer: the first layer's inputs are the same every time, and so is their spectrum."""
@@ -666,9 +665,9 @@ class GeneralizationMonitor(Monitor):
             if anywhere:
                 where = "of another rank" if first_bad is None else f"{first_bad} of the probe"
                 raise RecipeError(f"the readout's inputs are not finite; the first such batch is {where}")
-            centred = self._layer("readout").bias is not None or self._kind == "classes"
+            centred = self._layer(STUDENT).bias is not None or self._kind == "classes"
             samples = len(probe.loader.dataset)
-            return self._figures(found("readout", centred), samples, off / count if count else None, inputs)
+            return self._figures(found(STUDENT, centred), samples, off / count if count else None, inputs)
 
         try:
             values, forecast, unit = decided_on_rank_zero(decide, trainer)
@@ -694,7 +693,7 @@ class GeneralizationMonitor(Monitor):
         low, high = edges(alpha)
         s_w, s_e = signal_and_noise(of_probe)
         s_e = max(s_e, 1e-12 * s_w, 1e-300)
-        snr, inr = s_w / s_e, float(self._start["readout"]) * of_probe.scale**2 / s_e
+        snr, inr = s_w / s_e, float(self._start[STUDENT]) * of_probe.scale**2 / s_e
         factor = self.loss_factor / (self._outputs if self._averaged else 1)
         unit = flow_time(of_probe.scale**2, samples, factor)
         t, steps = unit * self._rates, self._steps
@@ -728,13 +727,11 @@ class GeneralizationMonitor(Monitor):
             "gain_data": s_e * (best - richer_best),
             "gain_start": s_e * (best - zero_best),
             "gain_ridge": s_e * (best - ridge),
-            "complexity": complexity(
-                self._layer("readout").weight.detach() * of_probe.scale, of_probe, self.frozen_tol
-            ),
+            "complexity": complexity(self._weight.detach() * of_probe.scale, of_probe, self.frozen_tol),
         }
         if train_error is not None:
             values["train_error"] = train_error
-        tracked = [name for name in self._points if name != "readout"]
+        tracked = [name for name in self._points if name != STUDENT]
         for name in tracked:
             change = self._layer(name).weight.detach().cpu().double() - self._start[name].double()
             share = outside_share(change, inputs(name))
@@ -762,15 +759,18 @@ class GeneralizationMonitor(Monitor):
 
     def conclude(self) -> str:
         now = {name: values[-1] for name, values in self.history.values.items()}
+        if math.isnan(now["pred_test_error"]):
+            return words(now, self._steps)
         if now["lambda_max"] > 2 * now["mp_edge_hi"]:
             self.limit(
                 f"the features are correlated (the largest eigenvalue is {now['lambda_max']:.3g}, without correlations"
                 f" it would be {now['mp_edge_hi']:.3g}), and the forecast of the test error counts all directions alike"
             )
-        if "train_error" in now and not 1 / 1.5 < now["train_error"] / now["pred_train_error"] < 1.5:
+        seen, expected = now.get("train_error"), now["pred_train_error"]
+        if seen is not None and abs(seen - expected) > max(0.5 * min(seen, expected), 0.05 * now["noise"]):
             self.limit(
-                f"the training error is {now['train_error']:.3g} and by the theory would be"
-                f" {now['pred_train_error']:.3g}, so it does not describe this run"
+                f"the training error is {seen:.3g} and by the theory would be {expected:.3g}, so it does not describe"
+                " this run"
             )
         rate = self._rates / self._steps if self._steps else 0.0
         if self._unit * rate * now["lambda_max"] > 2:
