@@ -28,6 +28,7 @@ from lightning_recipes.callbacks import (
     DropBlock,
     ExactResume,
     FreezeOut,
+    GeneralizationMonitor,
     GradientNoise,
     Guidance,
     InsertAttention,
@@ -72,6 +73,7 @@ class Case:
         saves: measure what the recipe adds to a checkpoint too.
         optimizer: makes that of all variants from the parameters.
         epochs: of a run; steps are timed in the last one.
+        least: samples that there must be.
     """
 
     network: str
@@ -82,6 +84,7 @@ class Case:
     saves: bool = False
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW
     epochs: int = 1
+    least: int = 0
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -252,6 +255,13 @@ CASES: dict[str, Case] = {
         lambda: [GradientNoise()],
         lambda: [GradientNoise(0.0)],
         lambda net, batches, amp: loops.noisy(net, batches, amp),
+    ),
+    # 64 samples every ten steps: a share that is counted, at a batch of 32, as 7 % of the run's work.
+    "GeneralizationMonitor, every 10 steps": Case(
+        "resnet",
+        lambda: [GeneralizationMonitor(64, every_n_steps=10, geometric_steps=False)],
+        loop=lambda net, batches, amp: loops.forecast(net, batches, amp),
+        least=64,
     ),
     "NormalizedGD": Case(
         "resnet",

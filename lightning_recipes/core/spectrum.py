@@ -90,10 +90,11 @@ def spectrum(x: Tensor, y: Tensor | None = None, centred: bool = True) -> Spectr
         return Sums(p, y.shape[1], x.device).add(x, y).spectrum(centred)
     _check_side(n)
     x, y = x.double(), y.double()
+    size = x.square().sum()
     if centred:
         x, y = x - x.mean(0), y - y.mean(0)
     _check_finite(x)
-    values, vectors = _eigen(x @ x.T)
+    values, vectors = _eigen(x @ x.T, size)
     root = _inverse_root(values)
     targets = torch.where(root[:, None] > 0, vectors.T @ y, 0.0)
     directions = (x.T @ vectors) * root
@@ -165,7 +166,7 @@ class Sums:
             mean = self.x / n
             xx, xy, yy = xx - n * mean.outer(mean), xy - mean.outer(self.y), yy - self.y.square() / n
         _check_finite(xx)
-        values, vectors = _eigen(xx)
+        values, vectors = _eigen(xx, self.xx.trace())
         values, vectors = values[: min(n, self.features)], vectors[:, : min(n, self.features)]
         root = _inverse_root(values)
         targets = (vectors.T @ xy) * root[:, None]
@@ -191,10 +192,15 @@ def effective_rank(x: Tensor) -> Tensor:
     return torch.special.entr(share).sum().exp()
 
 
-def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, the largest first and none below 0, and their vectors as columns."""
+def _eigen(gram: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the largest first, and their vectors as columns.
+
+    Args:
+        size: sum of the squares that the matrix is made of, before centring; what is below its rounding is 0.
+    """
     values, columns = torch.linalg.eigh(gram)
-    return values.flip(0).clamp_min(0), columns.flip(1)
+    values = torch.where(values > 8 * torch.finfo(values.dtype).eps * size, values, 0.0)
+    return values.flip(0), columns.flip(1)
 
 
 def _inverse_root(values: Tensor) -> Tensor:

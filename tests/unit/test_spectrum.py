@@ -129,8 +129,9 @@ def test_what_has_no_spectrum_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         spectrum(torch.tensor([[1.0, float("nan")], [0.0, 1.0], [2.0, 1.0]]))
     with pytest.raises(RecipeError, match="the features are not all finite"):
         spectrum(torch.tensor([[1.0, float("inf"), 2.0]]))
-    with pytest.raises(RecipeError, match="do not vary"):
-        spectrum(torch.ones(5, 2)).scaled()
+    for shape in ((50, 3), (3, 50)):
+        with pytest.raises(RecipeError, match="do not vary"):
+            spectrum(torch.full(shape, 0.3)).scaled()
     monkeypatch.setattr(module, "WIDEST", 6)
     assert spectrum(torch.rand(5, 30)).features == 30, "the smaller side counts"
     with pytest.raises(RecipeError, match="a matrix of side 7, and 6 is the most"):
