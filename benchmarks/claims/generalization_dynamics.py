@@ -24,9 +24,7 @@ from lightning_recipes.modules import LinearStudent
 from lightning_recipes.modules.linear_student import true_test_error
 
 RECIPE = "GeneralizationMonitor"
-CLAIM = (
-    "Test error over time follows the theory; overtraining is worst at as many samples as parameters; stopping pays."
-)
+CLAIM = "Test error over time follows the theory; overtraining is worst where samples are as many as parameters."
 N, SNR, INR, RATE, END = 600, 5.0, 1.0, 0.1, 200.0
 TIMES = (0.0, 0.5, 1.0, 3.0, 10.0, 50.0)
 SETTING = (
@@ -115,9 +113,10 @@ def check(results: Results) -> list[Finding]:
         theory = expected_test_error(torch.tensor(TIMES), marchenko_pastur(ARMS[arm]["alpha"]), SNR, INR).tolist()
         off = [abs(mean(of(arm, f"{t:g}")) / expected - 1) for t, expected in zip(TIMES, theory)]
         worst = max(range(len(TIMES)), key=off.__getitem__)
+        times = ", ".join(f"{t:g}" for t in TIMES)
         findings.append(
             Finding(
-                f"{arm}: the mean test error is within 5 % of the theory's at times {', '.join(f'{t:g}' for t in TIMES)}",
+                f"{arm}: the mean test error is within 5 % of the theory's at times {times}",
                 f"test error, {arm}, at time {TIMES[worst]:g}, where it is furthest off; without: theory",
                 of(arm, f"{TIMES[worst]:g}"),
                 [theory[worst]] * len(results[arm]),

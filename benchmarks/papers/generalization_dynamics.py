@@ -68,16 +68,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for alpha, found in results.items():
         expected, seen = found["theory"], found["simulation"]
         cells = [f"{mean(seen[name]):.3f} ± {deviation(seen[name]):.3f}" for name in ("best", "end")]
-        rows.append(
-            (
-                alpha,
-                f"{expected['t_star']:.2f}",
-                f"{expected['best']:.3f}",
-                cells[0],
-                f"{expected['end']:.3f}",
-                cells[1],
-            )
-        )
+        star, best, end = (f"{expected[name]:.3f}" for name in ("t_star", "best", "end"))
+        rows.append((alpha, star, best, cells[0], end, cells[1]))
     return "\n".join("  ".join(cell.rjust(15) for cell in row) for row in rows)
 
 
@@ -89,13 +81,14 @@ def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path | None:
         return None
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     over_time, over_width = figure.subplots(1, 2)
+    points = {"fmt": "o", "markersize": 4, "capsize": 3, "label": "simulation"}
     times = torch.cat([torch.zeros(1), torch.logspace(-1, 1.7, 100)])
     for number, alpha in enumerate(alpha for alpha in CURVES if f"{alpha:g}" in results):
         law, seen = marchenko_pastur(alpha), results[f"{alpha:g}"]["simulation"]["course"]
         color = f"C{number}"
         over_time.plot(times, expected_test_error(times, law, SNR, INR), color=color, label=f"alpha {alpha:g}, theory")
         middle, spread = [mean(each) for each in seen], [deviation(each) for each in seen]
-        over_time.errorbar(SHOWN, middle, spread, fmt="o", color=color, markersize=4, capsize=3, label="simulation")
+        over_time.errorbar(SHOWN, middle, spread, **points, color=color)
     over_time.set_xscale("symlog", linthresh=1)
     over_time.xaxis.set_major_formatter("{x:g}")
     over_time.set(xlabel="time", ylabel="test error, in units of the label noise")
@@ -106,9 +99,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path | None:
         over_width.plot([1 / a for a in alphas], [c[name] for c in curves], color=color, label=f"{label}, theory")
         seen = {1 / float(alpha): found["simulation"][name] for alpha, found in results.items()}
         middle, spread = [mean(each) for each in seen.values()], [deviation(each) for each in seen.values()]
-        over_width.errorbar(
-            list(seen), middle, spread, fmt="o", color=color, markersize=4, capsize=3, label="simulation"
-        )
+        over_width.errorbar(list(seen), middle, spread, **points, color=color)
     over_width.set_xscale("log")
     over_width.xaxis.set_major_formatter("{x:g}")
     over_width.xaxis.set_minor_formatter("")

@@ -25,11 +25,11 @@ from tests.stock import loader, samples
 ROWS = [
     Row(
         "generalization",
-        lambda: [GeneralizationMonitor(probe_size=64, every_n_steps=3, track_frozen=["*.1"], budget=0.8)],
+        lambda: [GeneralizationMonitor(probe_size=64, every_n_steps=3, track_frozen=["0.1", "1.1"], budget=0.8)],
         monitors=True,
         network=lambda: nn.Sequential(
-            nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU()),
-            nn.Sequential(nn.Identity(), nn.Linear(24, 16), nn.ReLU()),
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 80), nn.ReLU()),
+            nn.Sequential(nn.Identity(), nn.Linear(80, 16), nn.ReLU()),
             nn.Linear(16, 10),
         ),
     ),
