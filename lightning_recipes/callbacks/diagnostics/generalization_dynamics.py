@@ -224,14 +224,26 @@ def optimal_stopping_time(law: Law, snr: float, inr: float = 0.0) -> float:
     return math.inf if ends[1] <= least * (1 + 1e-12) else float(found)
 
 
+def _best(law: Law, snr: float, inr: float = 0.0) -> float:
+    """E_test at t*."""
+    return float(expected_test_error(optimal_stopping_time(law, snr, inr), law, snr, inr))
+
+
+def _correlated(largest: float, alpha: float) -> bool:
+    """Whether the largest eigenvalue is far beyond that of features without correlations."""
+    return largest > 2 * edges(alpha)[1]
+
+
 def overtraining(t: float, law: Law, snr: float, inr: float = 0.0) -> float:
     """E_test at t over E_test at t*: what was lost by not stopping, in units of the noise."""
-    best = expected_test_error(optimal_stopping_time(law, snr, inr), law, snr, inr)
-    return float(expected_test_error(t, law, snr, inr) - best)
+    return float(expected_test_error(t, law, snr, inr)) - _best(law, snr, inr)
 
 
 def more_data(law: Law, factor: float = 2.0, short_of_samples: bool = False) -> Law:
     """About the law with so many times the samples: eigenvalues grow with the samples, and directions thaw.
+
+    It gains less than more samples do: they also move the small eigenvalues away from 0, which nothing tells of
+    features with correlations. Of those without, the law is known: :func:`marchenko_pastur`.
 
     Args:
         short_of_samples: whether directions are frozen because there were no more samples: then as many thaw as there
@@ -698,12 +710,14 @@ class GeneralizationMonitor(Monitor):
         unit = flow_time(of_probe.scale**2, samples, factor)
         t, steps = unit * self._rates, self._steps
         star = optimal_stopping_time(law, snr, inr)
-        best = float(expected_test_error(star, law, snr, inr))
+        best = _best(law, snr, inr)
         here = float(expected_test_error(t, law, snr, inr, steps))
         short = len(there) >= raw.samples - int(raw.centred)
-        richer = more_data(law, short_of_samples=short)
-        richer_best = float(expected_test_error(optimal_stopping_time(richer, snr, inr), richer, snr, inr))
-        zero_best = float(expected_test_error(optimal_stopping_time(law, snr), law, snr))
+        if _correlated(float(there.max()), alpha):
+            poorer, richer = law, more_data(law, short_of_samples=short)
+        else:
+            poorer, richer = marchenko_pastur(alpha), marchenko_pastur(2 * alpha)
+        doubled = best * _best(richer, snr, inr) / _best(poorer, snr, inr)
         ridge = ridge_test_error(law, 1 / max(snr, 1e-12), snr)
         values = {
             "alpha": alpha,
@@ -724,8 +738,8 @@ class GeneralizationMonitor(Monitor):
             "pred_best": s_e * best,
             "pred_final": s_e * float(expected_test_error(math.inf, law, snr, inr)),
             "overtraining": s_e * (here - best),
-            "gain_data": s_e * (best - richer_best),
-            "gain_start": s_e * (best - zero_best),
+            "gain_data": s_e * (best - doubled),
+            "gain_start": s_e * (best - _best(law, snr)),
             "gain_ridge": s_e * (best - ridge),
             "complexity": complexity(self._weight.detach() * of_probe.scale, of_probe, self.frozen_tol),
         }
@@ -761,7 +775,7 @@ class GeneralizationMonitor(Monitor):
         now = {name: values[-1] for name, values in self.history.values.items()}
         if math.isnan(now["pred_test_error"]):
             return words(now, self._steps)
-        if now["lambda_max"] > 2 * now["mp_edge_hi"]:
+        if _correlated(now["lambda_max"], now["alpha"]):
             self.limit(
                 f"the features are correlated (the largest eigenvalue is {now['lambda_max']:.3g}, without correlations"
                 f" it would be {now['mp_edge_hi']:.3g}), and the forecast of the test error counts all directions alike"
