@@ -30,6 +30,7 @@ from lightning_recipes.callbacks import (
     DropBlock,
     ExactResume,
     FreezeOut,
+    GeneralizationMonitor,
     GradientNoise,
     GrokkingMonitor,
     GroupMask,
@@ -77,6 +78,7 @@ class Case:
         optimizer: makes that of all variants from the parameters.
         epochs: of a run; steps are timed in the last one.
         validates: whether the fit has validation data, the training data again.
+        least: samples that there must be.
     """
 
     network: str
@@ -88,6 +90,7 @@ class Case:
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW
     epochs: int = 1
     validates: bool = False
+    least: int = 0
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -281,6 +284,13 @@ CASES: dict[str, Case] = {
         lambda: [GrokkingMonitor(16, every_n_steps=1)],
         loop=lambda net, batches, amp: loops.watched(net, batches, amp),
         validates=True,
+    ),
+    # 64 samples every ten steps: a share that is counted, at a batch of 32, as 7 % of the run's work.
+    "GeneralizationMonitor, every 10 steps": Case(
+        "resnet",
+        lambda: [GeneralizationMonitor(64, every_n_steps=10, geometric_steps=False)],
+        loop=lambda net, batches, amp: loops.forecast(net, batches, amp),
+        least=64,
     ),
     "NormalizedGD": Case(
         "resnet",

@@ -490,6 +490,29 @@ def watched(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int
         torch.stack(right).tolist()
 
 
+def forecast(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 64, every: int = 10) -> None:
+    """Eigenvalues of the features of some samples, and the labels along their directions, every few steps."""
+    optimizer, kept = AdamW(trained(net)), []
+    for number, (x, y) in enumerate(batches, 1):
+        net.train()
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if sum(map(len, (labels for _, labels in kept))) < probe:
+            kept.append((x, y))
+        if number % every:
+            continue
+        net.eval()
+        with torch.no_grad():
+            h = torch.cat([net.forward_head(net.forward_features(images), pre_logits=True) for images, _ in kept])
+            h, hot = h[:probe].double(), F.one_hot(torch.cat([labels for _, labels in kept])[:probe], 10).double()
+            h, hot = h - h.mean(0), hot - hot.mean(0)
+            values, vectors = torch.linalg.eigh((h @ h.T).cpu())
+            torch.stack([values.sum(), (vectors.T @ hot.cpu()).square().sum()]).tolist()
+
+
 def normalized(net: nn.Module, batches: Batches, amp: Amp = nullcontext, lr: float = 0.01) -> None:
     """SGD on the gradient divided by the mean of 1 - p of the label."""
     parameters = trained(net)

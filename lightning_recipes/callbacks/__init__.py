@@ -14,6 +14,7 @@ from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
 from lightning_recipes.callbacks.data.bayes_gap import BayesGapMonitor
 from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
 from lightning_recipes.callbacks.data.in_context_prediction import InContextPrediction
+from lightning_recipes.callbacks.diagnostics.generalization_dynamics import GeneralizationMonitor
 from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
 from lightning_recipes.callbacks.diagnostics.small_init import SmallInit
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
@@ -58,6 +59,7 @@ __all__ = [
     "ExactResume",
     "ForgettingMonitor",
     "FreezeOut",
+    "GeneralizationMonitor",
     "GradientNoise",
     "GrokkingMonitor",
     "GroupMask",

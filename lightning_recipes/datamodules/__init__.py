@@ -12,6 +12,7 @@ from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
 from lightning_recipes.datamodules.prior_data import PriorDataModule
 from lightning_recipes.datamodules.priors import GaussianPrior, GPPrior, LinearPrior, MLPPrior, Prior, SampledGPPrior
 from lightning_recipes.datamodules.scole import SCoLeDataModule
+from lightning_recipes.datamodules.student_teacher import StudentTeacherDataModule
 from lightning_recipes.datamodules.superclasses import SuperclassDataModule
 from lightning_recipes.datamodules.table import TableDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
@@ -42,6 +43,7 @@ __all__ = [
     "RotatedDigitsDataModule",
     "SCoLeDataModule",
     "SampledGPPrior",
+    "StudentTeacherDataModule",
     "SuperclassDataModule",
     "TableDataModule",
     "TextDataModule",

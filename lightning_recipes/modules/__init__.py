@@ -19,6 +19,7 @@ from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
+from lightning_recipes.modules.linear_student import LinearStudent
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
 from lightning_recipes.modules.mixer import Mixer, MixingNetwork
 from lightning_recipes.modules.mlp import MLP
@@ -50,6 +51,7 @@ __all__ = [
     "ImageClassifier",
     "LEVIEnsemble",
     "LightweightCNN",
+    "LinearStudent",
     "LongTailAccuracy",
     "MLPHead",
     "Mixer",
