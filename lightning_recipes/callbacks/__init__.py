@@ -8,7 +8,15 @@ from lightning_recipes.callbacks.adapters.pego import PEGO
 from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
+from lightning_recipes.callbacks.continual.group_mask import GroupMask
 from lightning_recipes.callbacks.continual.slca import SLCA
+from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
+from lightning_recipes.callbacks.data.bayes_gap import BayesGapMonitor
+from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
+from lightning_recipes.callbacks.data.in_context_prediction import InContextPrediction
+from lightning_recipes.callbacks.diagnostics.generalization_dynamics import GeneralizationMonitor
+from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
+from lightning_recipes.callbacks.diagnostics.small_init import SmallInit
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
 from lightning_recipes.callbacks.finetuning.levi import LEVI
@@ -41,15 +49,22 @@ __all__ = [
     "AdaptFormer",
     "AdaptiveSmoothing",
     "BackdoorAdjustment",
+    "BayesErrorMonitor",
+    "BayesGapMonitor",
     "ClassWeights",
     "CosineHead",
     "CutMix",
+    "DataDiet",
     "DropBlock",
     "ExactResume",
     "ForgettingMonitor",
     "FreezeOut",
+    "GeneralizationMonitor",
     "GradientNoise",
+    "GrokkingMonitor",
+    "GroupMask",
     "Guidance",
+    "InContextPrediction",
     "InsertAttention",
     "LogitAdjustment",
     "LongTailMonitor",
@@ -58,8 +73,10 @@ __all__ = [
     "PrePostMonitor",
     "ProgressiveUnfreezing",
     "ProjectionHead",
+    "PruneTrainSet",
     "RobustAccuracyMonitor",
     "SVFit",
     "SaRA",
+    "SmallInit",
     "WiSEFT",
 ]

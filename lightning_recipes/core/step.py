@@ -416,7 +416,10 @@ def observe(
             f"{type(module).__name__} optimizes manually: its training step would train, so that it cannot be looked at"
         )
     step = Step(trainer, module, stock_step(module), batch, rest_of_arguments(module, batch_idx), select=select)
-    return step.replay(batch)
+    with ExitStack() as undo:
+        if isinstance(select, str):
+            undo.callback(wrap_named(module, select))
+        return step.replay(batch)
 
 
 def stock_step(module: pl.LightningModule) -> Callable[..., Any]:

@@ -9,10 +9,17 @@ from lightning_recipes.datamodules.few_shot import FewShotDataModule
 from lightning_recipes.datamodules.folders import ImageFolderDataModule
 from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
 from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
+from lightning_recipes.datamodules.prior_data import PriorDataModule
+from lightning_recipes.datamodules.priors import GaussianPrior, GPPrior, LinearPrior, MLPPrior, Prior, SampledGPPrior
+from lightning_recipes.datamodules.scole import SCoLeDataModule
+from lightning_recipes.datamodules.student_teacher import StudentTeacherDataModule
 from lightning_recipes.datamodules.superclasses import SuperclassDataModule
+from lightning_recipes.datamodules.table import TableDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
 from lightning_recipes.datamodules.two_classes import TwoClassDataModule
+from lightning_recipes.datamodules.unlearnable import UnlearnableDataModule
+from lightning_recipes.datamodules.xor_clusters import XORClusterDataModule
 
 __all__ = [
     "ArrayDataModule",
@@ -23,13 +30,25 @@ __all__ = [
     "DigitsDataModule",
     "DomainDataModule",
     "FewShotDataModule",
+    "GPPrior",
+    "GaussianPrior",
     "ImageDataModule",
     "ImageFolderDataModule",
     "LabelledImages",
+    "LinearPrior",
     "LongTailedDataModule",
+    "MLPPrior",
+    "Prior",
+    "PriorDataModule",
     "RotatedDigitsDataModule",
+    "SCoLeDataModule",
+    "SampledGPPrior",
+    "StudentTeacherDataModule",
     "SuperclassDataModule",
+    "TableDataModule",
     "TextDataModule",
     "TorchvisionDataModule",
     "TwoClassDataModule",
+    "UnlearnableDataModule",
+    "XORClusterDataModule",
 ]

@@ -4,6 +4,7 @@ from lightning_recipes.core.group_accuracy import LongTailAccuracy
 from lightning_recipes.modules.adaptive_smoothing import AdaptiveSmoothingModule
 from lightning_recipes.modules.balanced_attention import BalancedAttention, CoordinateAttention, SqueezeExcitation
 from lightning_recipes.modules.balanced_cnn import BalancedCNN, BalancedNet
+from lightning_recipes.modules.bar_distribution import BarDistribution, quantile_borders
 from lightning_recipes.modules.cifar_resnet import CifarResNet
 from lightning_recipes.modules.contrastive import (
     ContrastivePretraining,
@@ -18,12 +19,15 @@ from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
+from lightning_recipes.modules.linear_student import LinearStudent
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
 from lightning_recipes.modules.mixer import Mixer, MixingNetwork
 from lightning_recipes.modules.mlp import MLP
+from lightning_recipes.modules.pfn import PFNModule
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 from lightning_recipes.modules.small_cnn import SmallCNN
+from lightning_recipes.modules.two_layer_relu import TwoLayerReLU
 
 __all__ = [
     "AURC",
@@ -33,6 +37,7 @@ __all__ = [
     "BalancedAttention",
     "BalancedCNN",
     "BalancedNet",
+    "BarDistribution",
     "BaseToNovelAccuracy",
     "CausalLM",
     "CifarResNet",
@@ -46,11 +51,13 @@ __all__ = [
     "ImageClassifier",
     "LEVIEnsemble",
     "LightweightCNN",
+    "LinearStudent",
     "LongTailAccuracy",
     "MLPHead",
     "Mixer",
     "MixingNetwork",
     "NTXentLoss",
+    "PFNModule",
     "PreActResNet18",
     "SmallCNN",
     "SpectralContrastiveLoss",
@@ -58,7 +65,9 @@ __all__ = [
     "SupConLoss",
     "SymmetricReLU",
     "TextClassifier",
+    "TwoLayerReLU",
     "UnifiedClassifier",
     "aurc",
     "harmonic_mean",
+    "quantile_borders",
 ]

@@ -165,9 +165,7 @@ def lively(
 ) -> tuple[pl.LightningModule, pl.Trainer]:
     """A run on shuffled data, with windows of two batches of which the last is short, and a validation an epoch."""
     pl.seed_everything(0 if ckpt is None else time.time_ns() % 2**32, verbose=False)  # a later life has its own seed
-    module = Lively(row.network(), row.optimizer)
-    dataset = row.data(56 * ranks)
-    data = DataLoader(dataset, 8, shuffle=True, num_workers=workers)
+    module = Lively(row.network(), row.optimizer) if row.module is None else row.module()
     if exact and not any(isinstance(each, ExactResume) for each in callbacks):
         callbacks = [ExactResume(), *callbacks]
     settings = {**row.trainer, **(_two() if ranks == 2 else {})}
@@ -182,7 +180,12 @@ def lively(
         callbacks=callbacks,
         **settings,
     )
-    trainer.fit(module, data, DataLoader(dataset, 32), ckpt_path=ckpt if ckpt is None else str(ckpt))
+    if row.datamodule is None:
+        dataset = row.data(56 * ranks)
+        data = DataLoader(dataset, 8, shuffle=True, num_workers=workers), DataLoader(dataset, 32)
+    else:
+        data = (row.datamodule(),)
+    trainer.fit(module, *data, ckpt_path=ckpt if ckpt is None else str(ckpt))
     return module, trainer
 
 
@@ -194,7 +197,7 @@ def ended(module: pl.LightningModule, trainer: pl.Trainer) -> dict[str, Any]:
     """All that a run ends with."""
     return {
         "weights": weights(module),
-        "seen": module.seen,
+        "seen": getattr(module, "seen", None),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "callbacks": {

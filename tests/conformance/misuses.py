@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_recipes.core.recipe import plain
 
@@ -49,7 +50,9 @@ def other_arguments(row: Row, module: Callable[[], LightningModule], before: Cal
         says = rf"other arguments \({argument}={was} in the checkpoint but {value!r} here\)\. Resume with the arguments"
         wrong = f"{row.name} resumed with another {argument}"
         found.append(
-            Misuse(name, wrong, says, changed, module, lambda: table.digits(), trainer=row.trainer, checkpoint=before)
+            Misuse(
+                name, wrong, says, changed, module, lambda: table.batches(row), trainer=row.trainer, checkpoint=before
+            )
         )
     return found
 
@@ -61,8 +64,10 @@ def of_every_row() -> list[Misuse]:
         names = [type(recipe).__name__ for recipe in recipes]
 
         def module(row: Row = row) -> LightningModule:
-            torch.manual_seed(0)
-            return table.Classifier(row.network(), row.optimizer)
+            return table.stock(row)
+
+        def batches(row: Row = row) -> DataLoader:
+            return table.batches(row)
 
         def iterates(row: Row = row) -> LightningModule:
             return FetchesItself(row.network(), row.optimizer)
@@ -70,9 +75,10 @@ def of_every_row() -> list[Misuse]:
         def twice(row: Row = row) -> list[Callback]:
             return [*row.recipes(), row.recipes()[0]]
 
-        before = saved(module, row.recipes, lambda: table.digits(), max_epochs=2, **row.trainer)
-        without = saved(module, list, lambda: table.digits(), max_epochs=2)
-        bad = functools.partial(Misuse, data=lambda: table.digits(), trainer=row.trainer)
+        validation = (lambda: table.digits()) if row.validation else (lambda: None)
+        before = saved(module, row.recipes, batches, validation=validation, max_epochs=2, **row.trainer)
+        without = saved(module, list, batches, max_epochs=2)
+        bad = functools.partial(Misuse, data=batches, trainer=row.trainer)
         found += other_arguments(row, module, before)
         found.append(
             bad(
@@ -97,7 +103,7 @@ def of_every_row() -> list[Misuse]:
         if refusing:
             says = f"^({refusing}) .*automatic optimization: .*under manual optimization"
             by_hand = Misuse("", f"{row.name} under manual optimization", says, row.recipes, manual(module))
-            found.append(replace(by_hand, data=lambda: table.digits()))
+            found.append(replace(by_hand, data=batches))
         found.append(
             bad(
                 "",

@@ -117,6 +117,9 @@ class Classifier(pl.LightningModule):
         self.log("loss", loss)
         return loss
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
     def configure_optimizers(self) -> Any:
         if self.optimizer == "adamw":
             optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -199,6 +202,10 @@ class Row:
         keeps: takes off what the recipe leaves in the module by documented choice; None where it leaves nothing.
         data: makes the training data from a number of samples; a row that trains on a part of its data at a time has
             as many in each part.
+        validation: whether it needs validation data.
+        module: makes the module, for a recipe of one kind of module only; None for a classifier of `network`.
+        loader: makes its training batches, from the rank, the number of ranks and the size of a batch of all of them.
+        datamodule: makes its data with a validation, for runs that are killed.
     """
 
     name: str
@@ -212,6 +219,10 @@ class Row:
     trainer: dict[str, Any] = field(default_factory=dict)
     keeps: Callable[[pl.LightningModule], None] | None = None
     data: Callable[[int], TensorDataset] = first_digits
+    validation: bool = False
+    module: Callable[[], pl.LightningModule] | None = None
+    loader: Callable[[int, int, int], DataLoader] | None = None
+    datamodule: Callable[[], pl.LightningDataModule] | None = None
 
 
 LIGHTNINGS_OWN = Row("lightnings_own", lambda: [LightningsOwn()], optimizer="filter")
@@ -242,6 +253,17 @@ def digits(
     return DataLoader(dataset, batch // world, sampler=InTurn(len(dataset), rank, world))
 
 
+def stock(row: Row) -> pl.LightningModule:
+    """The row's module, the same every time."""
+    torch.manual_seed(0)
+    return Classifier(row.network(), row.optimizer) if row.module is None else row.module()
+
+
+def batches(row: Row, rank: int = 0, world: int = 1, batch: int = BATCH) -> DataLoader:
+    """The row's training batches, in a fixed order."""
+    return digits(rank, world, batch, data=row.data) if row.loader is None else row.loader(rank, world, batch)
+
+
 def train(
     row: Row,
     callbacks: list[Callback] | None = None,
@@ -253,10 +275,8 @@ def train(
     module: pl.LightningModule | None = None,
     **trainer: Any,
 ) -> tuple[pl.LightningModule, pl.Trainer]:
-    """Train the row's module on digits; everything seeded."""
-    if module is None:
-        torch.manual_seed(0)
-        module = Classifier(row.network(), row.optimizer)
+    """Train the row's module on its batches; everything seeded."""
+    module = stock(row) if module is None else module
     settings = {
         "max_epochs": EPOCHS,
         "accelerator": "cpu",
@@ -272,7 +292,8 @@ def train(
     }
     extra = settings.pop("callbacks", [])
     fit = pl.Trainer(callbacks=[*(row.recipes() if callbacks is None else callbacks), *extra], **settings)
-    fit.fit(module, digits(rank, world, batch, data=row.data), ckpt_path=ckpt_path)
+    validation = digits(rank, world, batch, data=row.data) if row.validation else None
+    fit.fit(module, batches(row, rank, world, batch), validation, ckpt_path=ckpt_path)
     return module, fit
 
 

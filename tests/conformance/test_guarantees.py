@@ -27,10 +27,11 @@ from .table import (
     Classifier,
     ConvNet,
     Row,
+    batches,
     differing,
-    digits,
     furthest,
     same,
+    stock,
     train,
     weights,
 )
@@ -139,8 +140,7 @@ def test_trains_in_mixed_precision(row: Row, precision: str, accelerator: str) -
     module, fit = train(row, accelerator=accelerator, **settings)
     assert all(p.dtype == torch.float32 for p in module.parameters())
     full, _ = train(row, accelerator=accelerator)
-    torch.manual_seed(0)
-    start = Classifier(row.network(), row.optimizer)
+    start = stock(row)
     if row.keeps is not None:  # what is kept was not there at the start: after one step it is
         start, _ = train(row, max_steps=1, accelerator=accelerator)
     moved = _distance(full, start)
@@ -171,8 +171,7 @@ def test_works_compiled(row: Row, what: str) -> None:
     """Dynamo and AOTAutograd are what a recipe can break; the eager backend below them needs no C++ compiler."""
     eager, _ = train(row, max_epochs=2)
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    module = Classifier(row.network(), row.optimizer)
+    module = stock(row)
     compiled: Any = module
     if what == "module":
         compiled = torch.compile(module, backend="aot_eager")
@@ -223,8 +222,8 @@ class _Stop(Callback):
     "error", [None, RuntimeError("in mid-run"), KeyboardInterrupt()], ids=["end", "error", "interrupt"]
 )
 def test_afterwards_the_module_is_stock(row: Row, error: BaseException | None) -> None:
-    torch.manual_seed(0)
-    module = Classifier(row.network(), row.optimizer)
+    module = stock(row)
+    kind = type(module)
     keys, flags, own = list(module.state_dict()), [p.requires_grad for p in module.parameters()], set(module.__dict__)
     classes = [type(part) for part in module.modules()]
     stop = _Stop(error)
@@ -240,23 +239,25 @@ def test_afterwards_the_module_is_stock(row: Row, error: BaseException | None) -
     assert [type(part) for part in module.modules()] == classes
     assert [p.requires_grad for p in module.parameters()] == flags
     assert set(module.__dict__) <= own | {"_trainer", "_hparams"}
-    assert type(module) is Classifier
-    assert module.training_step.__func__ is Classifier.training_step
+    assert type(module) is kind
+    assert module.training_step.__func__ is kind.training_step
     assert stop.copy.training_step.__self__ is stop.copy, (
         "a deepcopy runs its own step, not the wrapper of the original"
     )
+    module._trainer = None
     with torch.no_grad():
-        module(next(iter(digits()))[0])
+        module.training_step(next(iter(batches(row))), 0)
 
 
 @rows
 def test_a_failed_setup_leaves_the_module_as_it_was(row: Row) -> None:
-    class Fails(Classifier):
+    module = stock(row)
+
+    class Fails(type(module)):
         def configure_optimizers(self) -> Any:
             raise RuntimeError("no optimizer today")
 
-    torch.manual_seed(0)
-    module = Fails(row.network(), row.optimizer)
+    module.__class__ = Fails
     before, parts, own = weights(module), list(module.modules()), set(module.__dict__)
     with pytest.raises(RuntimeError, match="no optimizer today"):
         train(row, module=module)

@@ -1,4 +1,4 @@
-"""The commands that reproduce a paper go through, and what they have written is whole."""
+"""The command that reproduces the lightweight CNN goes through, and what it has written is whole."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks.papers import adaptive_smoothing, lightweight_cnn
-from lightning_recipes.modules import CifarResNet
+from benchmarks.papers import data_diet, lightweight_cnn
 
 
 @pytest.fixture
@@ -60,38 +58,49 @@ def test_the_figures_on_file_are_of_every_arm_at_the_papers_size():
 
 
 @pytest.fixture
-def little_cifar(monkeypatch):
-    """Random images, untrained networks and a mixing network that trains on one batch."""
+def diet(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.rand(24, 3, 32, 32, generator=generator), torch.arange(24) % 10
-    monkeypatch.setattr(adaptive_smoothing, "images", lambda part: (x, y))
-    monkeypatch.setattr(adaptive_smoothing, "standard", lambda: CifarResNet(8).eval())
-    convolutions = nn.Sequential(nn.Conv2d(3, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU())
-    robust = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(2048, 10)).eval()
-    monkeypatch.setattr(adaptive_smoothing, "robust", lambda: robust)
-    monkeypatch.setattr(adaptive_smoothing, "BATCH", 12)
-    monkeypatch.setattr(adaptive_smoothing, "STEPS", 1)
-    little = {"widths": (48, 4, 4, 4), "iterations": 1, "targets": 1, "further": 2}
-    monkeypatch.setattr(adaptive_smoothing, "TRAINING", {**adaptive_smoothing.TRAINING, **little})
+    x = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    y = torch.arange(300) % 10
+    monkeypatch.setattr(data_diet, "images", lambda name: (x[:200], y[:200], x[200:], y[200:]))
+    for name, value in {"TRAINING": 200, "BATCH": 20, "EPOCHS": 2, "AT_EPOCH": 1}.items():
+        monkeypatch.setattr(data_diet, name, value)
 
 
-def test_the_adaptive_smoothing_command_writes_every_arm(little_cifar, tmp_path, capsys):
+def test_the_data_diet_command_writes_every_arm_and_draws(diet, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     path = tmp_path / "found.json"
-    assert adaptive_smoothing.main(["--images", "12", "--test", "10", "--output", str(path)]) == 0
-    found = json.loads(path.read_text())
-    assert found["test_images"] == 10 and found["attack"] == "apgd-1-1"
-    assert found["arms"].keys() == adaptive_smoothing.ARMS.keys()
-    for arm in found["arms"].values():
-        assert 0 <= arm["attacked"] <= arm["clean"] <= 1
+    arguments = ["fashion_mnist", "--seeds", "1", "--runs", "2", "--output", str(path), "--pictures", str(tmp_path)]
+    assert data_diet.main(arguments) == 0
+    ((name, found),) = json.loads(path.read_text()).items()
+    assert (name, found["test_images"], found["seeds"], found["runs"]) == ("fashion_mnist", 100, 1, 2)
+    assert found["clean"].keys() == data_diet.ARMS.keys() and found["noisy"].keys() == data_diet.NOISY_ARMS.keys()
+    assert 0 <= found["auc"] <= 1 and 0 <= found["wrong_among_most_suspicious"] <= 1
     out = capsys.readouterr().out
-    assert all(arm in out for arm in adaptive_smoothing.ARMS)
-    path.unlink()
-    assert adaptive_smoothing.main(["--images", "12", "--test", "10", "--held-out", "--output", str(path)]) == 0
-    assert not path.exists(), "what was held out is no result"
+    assert all(words in out for words in [*data_diet.ARMS, *data_diet.NOISY_ARMS])
+    assert {each.name for each in tmp_path.glob("*.png")} == {"fashion_mnist_clean.png", "fashion_mnist_noisy.png"}
 
 
-def test_adaptive_smoothing_says_which_data_are_missing(monkeypatch, tmp_path, capsys):
+def test_the_data_diet_command_says_what_is_missing(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LIGHTNING_RECIPES_DATA", str(tmp_path))
-    adaptive_smoothing.images.cache_clear()
-    assert adaptive_smoothing.main([]) == 1
-    assert "left out: set LIGHTNING_RECIPES_DATA to the folder with cifar10_subset.npz" in capsys.readouterr().err
+    data_diet.images.cache_clear()
+    assert data_diet.main(["cifar10", "--output", str(tmp_path / "none.json")]) == 1
+    assert "set LIGHTNING_RECIPES_DATA to the folder with cifar10_subset.npz" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        data_diet.main(["mnist"])
+    assert "no set named 'mnist'; there are fashion_mnist, cifar10" in capsys.readouterr().err
+
+
+def test_wrong_labels_are_a_tenth_and_every_one_is_wrong():
+    y = torch.arange(1000) % 10
+    labels, wrong = data_diet.with_wrong_labels(y)
+    assert int(wrong.sum()) == 100 and torch.equal(labels != y, wrong)
+
+
+def test_the_data_diet_figures_on_file_are_of_every_arm():
+    found = json.loads(data_diet.RESULTS.read_text(encoding="utf-8"))
+    assert "fashion_mnist" in found and found.keys() <= data_diet.FILES.keys()
+    for of_set in found.values():
+        assert (of_set["seeds"], of_set["runs"]) == (data_diet.SEEDS, data_diet.RUNS)
+        assert of_set["clean"].keys() == data_diet.ARMS.keys()
+        assert of_set["noisy"].keys() == data_diet.NOISY_ARMS.keys()

@@ -1,0 +1,1 @@
+"""Recipes that choose, score or change what is trained on."""
