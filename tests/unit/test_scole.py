@@ -528,8 +528,8 @@ def test_the_verdict_says_whether_anything_accumulates():
     end = {"task": 99.0, "acc_all": 0.9, "forgetting": 0.04, "acc_absent": 0.85}
     words = in_words([row, end], 10)
     assert words == (
-        "accuracy on all 10 classes went from 20.0% after task 1 to 90.0% after task 100: knowledge accumulates in spite"
-        " of forgetting. A class is on average 4.0 points below its best; classes not in the task are at 85.0%"
+        "accuracy on all 10 classes went from 20.0% after task 1 to 90.0% after task 100: knowledge accumulates in"
+        " spite of forgetting. A class is on average 4.0 points below its best; classes not in the task are at 85.0%"
     )
     still = in_words([row, {**end, "acc_all": 0.21, "acc_absent": float("nan")}], 10)
     assert "nothing accumulates: try GroupMask, no momentum or replay" in still and still.endswith("below its best")
