@@ -263,7 +263,8 @@ class SCoLeDataModule(TaskStream):
         validate_on: 'val', or 'test' for the paper's own curve: choose nothing by it.
         criterion: with 'freq_acc': which loss of the training step shows logits and labels, where it is not found.
         task: the task whose loaders there are outside of a fit.
-        **kwargs: those of `DataModule`: batch_size, num_workers, ...; ``seed`` draws tasks, splits and replay.
+        seed: draws tasks, splits and replay, and (together with the global seed) the order.
+        **kwargs: those of `DataModule`: batch_size, num_workers, ...
 
     Raises:
         ValueError: for bad arguments; in ``setup`` for numbers that do not fit the classes, a class without samples,
