@@ -453,6 +453,8 @@ class GeneralizationMonitor(Monitor):
         self.every_n_steps, self.geometric_steps = every_n_steps, geometric_steps
         self.budget, self.criterion, self.draw = budget, criterion, draw
         self.check_moments()
+        named = readout is None or isinstance(readout, str)
+        check_argument(named, self, "readout", readout, "None or the dotted path of a linear layer")
         check_argument(probe_size >= FEWEST, self, "probe_size", probe_size, f"at least {FEWEST}")
         check_argument(loss_factor > 0, self, "loss_factor", loss_factor, "positive: 2 for the mean of squares")
         check_argument(0 < frozen_tol < 1, self, "frozen_tol", frozen_tol, "between 0 and 1, as 1e-6")
