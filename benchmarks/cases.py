@@ -288,7 +288,7 @@ CASES: dict[str, Case] = {
     # 64 samples every ten steps: a share that is counted, at a batch of 32, as 7 % of the run's work.
     "GeneralizationMonitor, every 10 steps": Case(
         "resnet",
-        lambda: [GeneralizationMonitor(64, every_n_steps=10, geometric_steps=False)],
+        lambda: [GeneralizationMonitor(probe_size=64, every_n_steps=10, geometric_steps=False)],
         loop=lambda net, batches, amp: loops.forecast(net, batches, amp),
         least=64,
     ),

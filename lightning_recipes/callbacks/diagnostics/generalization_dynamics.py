@@ -92,7 +92,7 @@ def edges(alpha: float) -> tuple[float, float]:
     return (math.sqrt(alpha) - 1) ** 2, (math.sqrt(alpha) + 1) ** 2
 
 
-def marchenko_pastur(alpha: float, points: int = 4000) -> Law:
+def marchenko_pastur(alpha: float, points: int = 2000) -> Law:
     """The law of the eigenvalues for large N, as nodes of a quadrature.
 
     With l = 1 + alpha + 2 sqrt(alpha) cos(theta) the square roots at the edges disappear, and the midpoint rule is
@@ -212,10 +212,10 @@ def optimal_stopping_time(law: Law, snr: float, inr: float = 0.0) -> float:
         return expected_test_error(times, law, snr, inr)
 
     low, high = -3 - math.log10(float(positive.max())), 3 - math.log10(float(positive.min()))
-    for _ in range(4):  # each 100 times as fine as the one before
-        times = torch.logspace(low, high, 400, dtype=torch.float64)
+    for _ in range(3):  # each 50 times as fine as the one before
+        times = torch.logspace(low, high, 200, dtype=torch.float64)
         best = int(error(times).argmin())
-        low, high = (math.log10(float(times[i])) for i in (max(best - 2, 0), min(best + 2, 399)))
+        low, high = (math.log10(float(times[i])) for i in (max(best - 2, 0), min(best + 2, 199)))
     found = times[best]
     ends = error(torch.tensor([0.0, math.inf], dtype=torch.float64)).tolist()
     least = float(error(found))
@@ -453,6 +453,8 @@ class GeneralizationMonitor(Monitor):
         self.every_n_steps, self.geometric_steps = every_n_steps, geometric_steps
         self.budget, self.criterion, self.draw = budget, criterion, draw
         self.check_moments()
+        named = readout is None or isinstance(readout, str)
+        check_argument(named, self, "readout", readout, "None or the dotted path of a linear layer")
         check_argument(probe_size >= FEWEST, self, "probe_size", probe_size, f"at least {FEWEST}")
         check_argument(loss_factor > 0, self, "loss_factor", loss_factor, "positive: 2 for the mean of squares")
         check_argument(0 < frozen_tol < 1, self, "frozen_tol", frozen_tol, "between 0 and 1, as 1e-6")

@@ -34,7 +34,7 @@ ROWS = [
         ),
     ),
 ]
-MEMBERS = {"GeneralizationMonitor": lambda: GeneralizationMonitor(64)}
+MEMBERS = {"GeneralizationMonitor": lambda: GeneralizationMonitor(probe_size=64)}
 OTHER = {"GeneralizationMonitor": {"loss_factor": 1.0}}
 AUTOMATIC = ["GeneralizationMonitor"]
 
@@ -46,6 +46,7 @@ def misuses() -> list[Misuse]:
     look = functools.partial(Misuse, "GeneralizationMonitor", data=lambda: loader(MANY, LABELS))
     tracked = "'first', None or a list of names"
     return [
+        argument(monitor, "readout must be None or the dotted path of a linear layer; got 64", readout=64),
         argument(monitor, "probe_size must be at least 64; got 63", probe_size=63),
         argument(monitor, "loss_factor must be positive: 2 for the mean of squares; got 0", loss_factor=0),
         argument(monitor, "frozen_tol must be between 0 and 1, as 1e-6; got 1.0", frozen_tol=1.0),
