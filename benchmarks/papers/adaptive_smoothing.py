@@ -110,7 +110,7 @@ def robust() -> nn.Sequential:
 
 def _trainer(**settings: Any) -> pl.Trainer:
     return pl.Trainer(
-        accelerator="cpu",
+        accelerator="auto",
         devices=1,
         logger=False,
         enable_checkpointing=False,

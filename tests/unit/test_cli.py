@@ -147,8 +147,13 @@ def test_recipes_are_the_public_callbacks_and_the_modules_that_a_paper_brings():
         "AdaptiveSmoothingModule",
         "BalancedCNN",
         "DualInputOutput",
+        "LinearStudent",
         "PFNModule",
+        "SCoLeDataModule",
+        "StudentTeacherDataModule",
+        "TwoLayerReLU",
         "UnlearnableDataModule",
+        "XORClusterDataModule",
     ]
     for cls in found.values():
         assert cls.paper is None or isinstance(cls.paper, Paper)
