@@ -73,6 +73,10 @@ class FrozenCopy:
         """The module has the copy's weights inside, and its own again afterwards."""
         module = self._module
         live = [*module.named_parameters(), *module.named_buffers()]
+        for name, value in live:  # a checkpoint is read before Lightning moves the module to its device
+            held = self._tensors.get(name)
+            if held is not None and held.device != value.device:
+                self._tensors[name] = _frozen(value, held.detach().to(value.device))
         of = {id(value): self._tensors[name] for name, value in live if name in self._tensors}
         aside: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         recurrent: list[tuple[nn.RNNBase, list[Any]]] = []

@@ -133,6 +133,16 @@ def test_through_a_checkpoint(tmp_path) -> None:
             again.load(state)
 
 
+def test_it_goes_where_the_module_went_after_a_checkpoint_was_read() -> None:
+    module = mlp()
+    frozen, read = FrozenCopy(module), FrozenCopy(module)
+    frozen.take()
+    read.load(frozen.state())
+    module.to("meta")  # as Lightning moves a module to its device after it has read the checkpoint
+    with read.worn():
+        assert all(parameter.is_meta and not parameter.requires_grad for parameter in module.parameters())
+
+
 # -- a look with other weights from within a step ----------------------------------------------------------------------
 
 
