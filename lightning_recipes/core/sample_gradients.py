@@ -87,10 +87,14 @@ class SampleGradients:
             for name, seen in calls.seen.items()
             if len(seen) == 1 and seen[0][0] is not None and len(seen[0][0]) == len(seen[0][1]) == len(targets)
         }
+        trained = {name: [p for p in part.parameters() if p.requires_grad] for name, part in self._layers.items()}
+        every = [p for parameters in trained.values() for p in parameters]
+        if not every:
+            return
+        rows = [iter(torch.autograd.grad(each, every, retain_graph=True, allow_unused=True)) for each in loss]
+        plain = {name: [[next(row) for _ in parameters] for row in rows] for name, parameters in trained.items()}
         for name, found in self._of_layers(call, filled, targets).items():
-            weights = [p for p in self._layers[name].parameters() if p.requires_grad]
-            rows = [torch.autograd.grad(each, weights, retain_graph=True, allow_unused=True) for each in loss]
-            expected = torch.stack([_square(row) for row in rows]).to(found)
+            expected = torch.stack([_square(gradients) for gradients in plain[name]]).to(found)
             if not torch.allclose(found, expected, rtol=1e-3, atol=1e-12 + 1e-6 * float(expected.max())):
                 del self._layers[name]
 
@@ -245,8 +249,8 @@ def _rule(part: nn.Module) -> Callable[[Any, Tensor, Tensor], Tensor] | None:
     return next((KNOWN[kind] for kind in type(part).__mro__ if kind in KNOWN), None)
 
 
-def _square(gradients: tuple[Tensor | None, ...]) -> Tensor:
-    return sum((g.float().square().sum() for g in gradients if g is not None), torch.zeros(()))
+def _square(gradients: list[Tensor | None]) -> Tensor:
+    return sum((g.float().square().sum().cpu() for g in gradients if g is not None), torch.zeros(()))
 
 
 def _known(network: nn.Module) -> dict[str, nn.Module]:
