@@ -22,13 +22,18 @@ from lightning_recipes.callbacks import (
     PSKD,
     SLCA,
     AdaptFormer,
+    AdaptiveSmoothing,
     ClassWeights,
     CosineHead,
     CutMix,
+    DataDiet,
     DropBlock,
     ExactResume,
     FreezeOut,
+    GeneralizationMonitor,
     GradientNoise,
+    GrokkingMonitor,
+    GroupMask,
     Guidance,
     InsertAttention,
     LogitAdjustment,
@@ -72,6 +77,8 @@ class Case:
         saves: measure what the recipe adds to a checkpoint too.
         optimizer: makes that of all variants from the parameters.
         epochs: of a run; steps are timed in the last one.
+        validates: whether the fit has validation data, the training data again.
+        least: samples that there must be.
     """
 
     network: str
@@ -82,6 +89,8 @@ class Case:
     saves: bool = False
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = AdamW
     epochs: int = 1
+    validates: bool = False
+    least: int = 0
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -107,6 +116,8 @@ CASES: dict[str, Case] = {
             net, batches, amp, start=2.0, alpha=1.0, project=False, lambda2=1.5, lambda3=0.15
         ),
     ),
+    # In a fit it is to cost nothing.
+    "AdaptiveSmoothing": Case("resnet", lambda: [AdaptiveSmoothing("torch.nn:Identity")], loop=loops.plain),
     "PEGO": Case(
         "vit",
         lambda: [PEGO()],
@@ -189,6 +200,12 @@ CASES: dict[str, Case] = {
         lambda: [LogitAdjustment(LONG_TAIL, tau=0.0)],
         lambda net, batches, amp: loops.logit_adjusted(net, batches, amp, LONG_TAIL),
     ),
+    "GroupMask": Case(
+        "resnet",
+        lambda: [GroupMask()],
+        lambda: [GroupMask("all")],
+        lambda net, batches, amp: loops.group_masked(net, batches, amp),
+    ),
     "ClassWeights": Case(
         "resnet",
         lambda: [ClassWeights("balanced_eurosat")],
@@ -247,11 +264,33 @@ CASES: dict[str, Case] = {
         lambda: [SLCA(1, backbone_lr_scale=1.0)],
         lambda net, batches, amp: loops.slow_learner(net, batches, amp, begin=_first_rows),
     ),
+    # A step while forgetting events are counted; what the other scores cost is measured by `python -m
+    # benchmarks.scoring`.
+    "DataDiet, forgetting": Case(
+        "resnet",
+        lambda: [DataDiet("forgetting", 1)],
+        loop=lambda net, batches, amp: loops.forgetting(net, batches, amp),
+        saves=True,
+    ),
     "GradientNoise": Case(
         "resnet",
         lambda: [GradientNoise()],
         lambda: [GradientNoise(0.0)],
         lambda net, batches, amp: loops.noisy(net, batches, amp),
+    ),
+    # 32 samples more a step: a share that is counted, at a batch of 32, as a third of the run's work.
+    "GrokkingMonitor, every step": Case(
+        "resnet",
+        lambda: [GrokkingMonitor(16, every_n_steps=1)],
+        loop=lambda net, batches, amp: loops.watched(net, batches, amp),
+        validates=True,
+    ),
+    # 64 samples every ten steps: a share that is counted, at a batch of 32, as 7 % of the run's work.
+    "GeneralizationMonitor, every 10 steps": Case(
+        "resnet",
+        lambda: [GeneralizationMonitor(probe_size=64, every_n_steps=10, geometric_steps=False)],
+        loop=lambda net, batches, amp: loops.forecast(net, batches, amp),
+        least=64,
     ),
     "NormalizedGD": Case(
         "resnet",

@@ -473,6 +473,46 @@ def noisy(net: nn.Module, batches: Batches, amp: Amp = nullcontext, eta: float =
         optimizer.step()
 
 
+def watched(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 16) -> None:
+    """Accuracy on a few samples after every step, of a training and of a validation set, in eval mode."""
+    optimizer, kept = AdamW(trained(net)), None
+    for x, y in batches:
+        net.train()
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        net.eval()
+        kept = (x[:probe], y[:probe]) if kept is None else kept
+        with torch.no_grad(), amp():
+            right = [(net(kept[0]).argmax(1) == kept[1]).float().mean() for _ in range(2)]
+        torch.stack(right).tolist()
+
+
+def forecast(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 64, every: int = 10) -> None:
+    """Eigenvalues of the features of some samples, and the labels along their directions, every few steps."""
+    optimizer, kept = AdamW(trained(net)), []
+    for number, (x, y) in enumerate(batches, 1):
+        net.train()
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if sum(map(len, (labels for _, labels in kept))) < probe:
+            kept.append((x, y))
+        if number % every:
+            continue
+        net.eval()
+        with torch.no_grad():
+            h = torch.cat([net.forward_head(net.forward_features(images), pre_logits=True) for images, _ in kept])
+            h, hot = h[:probe].double(), F.one_hot(torch.cat([labels for _, labels in kept])[:probe], 10).double()
+            h, hot = h - h.mean(0), hot - hot.mean(0)
+            values, vectors = torch.linalg.eigh((h @ h.T).cpu())
+            torch.stack([values.sum(), (vectors.T @ hot.cpu()).square().sum()]).tolist()
+
+
 def normalized(net: nn.Module, batches: Batches, amp: Amp = nullcontext, lr: float = 0.01) -> None:
     """SGD on the gradient divided by the mean of 1 - p of the label."""
     parameters = trained(net)
@@ -529,6 +569,44 @@ def self_distillation(
 
 
 # -- long tails ------------------------------------------------------------------------------------------------------
+
+
+def forgetting(net: nn.Module, batches: Batches, amp: Amp = nullcontext) -> None:
+    """Plain training, in which the batches' samples are counted as forgotten; they come in order."""
+    net.train()
+    optimizer = AdamW(trained(net))
+    last, forgotten, ever = (torch.zeros(0, device=next(net.parameters()).device) for _ in range(3))
+    place = 0
+    for x, y in batches:
+        with amp():
+            logits = net(x)
+            loss = F.cross_entropy(logits, y)
+        correct = (logits.detach().argmax(1) == y).float()
+        if place + len(y) > len(last):
+            last, forgotten, ever = (torch.cat([each, torch.zeros_like(correct)]) for each in (last, forgotten, ever))
+        here = slice(place, place + len(y))
+        forgotten[here] += last[here] > correct
+        ever[here] = torch.maximum(ever[here], correct)
+        last[here] = correct
+        place += len(y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def group_masked(net: nn.Module, batches: Batches, amp: Amp) -> None:
+    """Cross-entropy over the classes that have a label in the batch."""
+    optimizer = AdamW(trained(net))
+    net.train()
+    for x, y in batches:
+        with amp():
+            logits = net(x)
+            absent = torch.ones(logits.shape[1], dtype=torch.bool, device=y.device)
+            absent[y] = False
+            loss = F.cross_entropy(logits.masked_fill(absent, max(-1e9, torch.finfo(logits.dtype).min / 2)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
 def logit_adjusted(

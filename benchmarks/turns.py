@@ -166,7 +166,8 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(ImageClassifier(net, optimizer=case.optimizer), loader)
+        validation = DataLoader(data, settings.batch) if case.validates else None
+        trainer.fit(ImageClassifier(net, optimizer=case.optimizer), loader, validation)
 
     if task == "memory":
         pipe.send(peak_bytes(net, train))

@@ -188,7 +188,7 @@ def arguments(recipe: type) -> Iterator[list[str]]:
     import docstring_parser
 
     documented = {
-        name.strip(): param.description or ""
+        name.strip(" *"): param.description or ""
         for source in (recipe.__doc__, recipe.__init__.__doc__)
         for param in docstring_parser.parse(source or "").params
         for name in param.arg_name.split(",")  # "mean, std: ..." tells of both
@@ -198,7 +198,7 @@ def arguments(recipe: type) -> Iterator[list[str]]:
         if not isinstance(kind, str):
             kind = "Any" if kind is parameter.empty else inspect.formatannotation(kind)
         default = "  (required)" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        lines = [f"  {name}: {kind}{default}"]
+        lines = [f"  {name}: {kind}{default}" if parameter.kind is not parameter.VAR_KEYWORD else f"  **{name}"]
         yield lines + (_paragraph(documented[name], "      ") if documented.get(name) else [])
 
 

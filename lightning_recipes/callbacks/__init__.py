@@ -8,9 +8,15 @@ from lightning_recipes.callbacks.adapters.pego import PEGO
 from lightning_recipes.callbacks.adapters.sara import SaRA
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
+from lightning_recipes.callbacks.continual.group_mask import GroupMask
 from lightning_recipes.callbacks.continual.slca import SLCA
+from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
 from lightning_recipes.callbacks.data.bayes_gap import BayesGapMonitor
+from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
 from lightning_recipes.callbacks.data.in_context_prediction import InContextPrediction
+from lightning_recipes.callbacks.diagnostics.generalization_dynamics import GeneralizationMonitor
+from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
+from lightning_recipes.callbacks.diagnostics.small_init import SmallInit
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
 from lightning_recipes.callbacks.finetuning.levi import LEVI
@@ -25,6 +31,7 @@ from lightning_recipes.callbacks.regularization.ps_kd import PSKD
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
 from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer
+from lightning_recipes.callbacks.robustness.adaptive_smoothing import AdaptiveSmoothing
 from lightning_recipes.callbacks.robustness.backdoor_adjustment import BackdoorAdjustment
 from lightning_recipes.callbacks.robustness.cosine_head import CosineHead
 from lightning_recipes.callbacks.robustness.logit_adjustment import LogitAdjustment
@@ -40,16 +47,22 @@ __all__ = [
     "PSKD",
     "SLCA",
     "AdaptFormer",
+    "AdaptiveSmoothing",
     "BackdoorAdjustment",
+    "BayesErrorMonitor",
     "BayesGapMonitor",
     "ClassWeights",
     "CosineHead",
     "CutMix",
+    "DataDiet",
     "DropBlock",
     "ExactResume",
     "ForgettingMonitor",
     "FreezeOut",
+    "GeneralizationMonitor",
     "GradientNoise",
+    "GrokkingMonitor",
+    "GroupMask",
     "Guidance",
     "InContextPrediction",
     "InsertAttention",
@@ -60,8 +73,10 @@ __all__ = [
     "PrePostMonitor",
     "ProgressiveUnfreezing",
     "ProjectionHead",
+    "PruneTrainSet",
     "RobustAccuracyMonitor",
     "SVFit",
     "SaRA",
+    "SmallInit",
     "WiSEFT",
 ]

@@ -99,15 +99,9 @@ class Artefact:
 
     def _read(self, path: Path) -> Content | None:
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-            key, content = stored["key"], stored["content"]
+            key, content = _read(path)
         except FileNotFoundError:
             return None
-        except Exception as error:
-            raise RecipeError(
-                f"{path} cannot be read ({type(error).__name__}): it is damaged or not one of ours; remove it, and it"
-                " will be made again"
-            ) from error
         if key != self.key:
             raise RecipeError(f"{path} was made from something else (key {key[:16]}); remove it or take another folder")
         return content
@@ -127,6 +121,42 @@ class Artefact:
     def _alone(self) -> FileLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path.with_suffix(".lock"))
+
+
+def content_at(path: str | os.PathLike) -> Content:
+    """The content of an artefact's file, for somebody who has its path and not what it was made from.
+
+    Args:
+        path: of the file, or of a folder that holds a single one.
+
+    Raises:
+        RecipeError: when it is not there, or cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        there = sorted(each for each in path.glob("*.pt") if not each.name.endswith(".unfinished.pt"))
+        if len(there) != 1:
+            names = ", ".join(each.name for each in there[:6]) or "none"
+            raise RecipeError(f"the folder {path} holds {len(there)} files ({names}); name the one to read")
+        path = there[0]
+    try:
+        return _read(path)[1]
+    except FileNotFoundError:
+        raise RecipeError(f"there is no file {path}") from None
+
+
+def _read(path: Path) -> tuple[str, Content]:
+    """Key and content of a file."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return stored["key"], stored["content"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged or not one of ours; remove it, and it"
+            " will be made again"
+        ) from error
 
 
 def key_of(made_from: Any) -> str:

@@ -2,6 +2,10 @@
 
 Everything works on tensors and a function from inputs to logits; nothing here knows Lightning. Gradients are taken with
 ``autograd.grad`` with respect to the input only. Perturbations are computed and kept in fp32.
+
+Auto-PGD (:func:`auto_pgd`, and :func:`apgd` with restarts and targets): Croce and Hein, "Reliable evaluation of
+adversarial robustness with an ensemble of diverse parameter-free attacks", 2020 (https://arxiv.org/abs/2003.01690);
+step for step as in its authors' code.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +22,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.silence import gradients_allowed
 
 Logits = Callable[[Tensor], Tensor]
+Loss = Callable[[Any, Tensor], Tensor]
+"""From what the attacked function returned, and labels ``[n]``, to what the attack drives up, ``[n]``."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,246 @@ def pgd(
         best = torch.where(better.reshape(each), delta, best)
         best_loss = torch.maximum(best_loss, loss)
     return x + best
+
+
+# -- auto-PGD ----------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(out: Any, y: Tensor) -> Tensor:
+    """The loss of each sample, in fp32 at least."""
+    return _attack_loss(logits_of(out), y)
+
+
+def dlr(out: Any, y: Tensor) -> Tensor:
+    """Difference of logits ratio, -(z_y - max_{i != y} z_i) / (z_(1) - z_(3)), z_(k) the k-th largest.
+
+    Unlike the cross-entropy it has a gradient that does not vanish with the scale of the logits. Needs 3 classes.
+    """
+    z = logits_of(out)
+    ranked, order = z.sort(1, descending=True)
+    other = torch.where(order[:, 0] == y, ranked[:, 1], ranked[:, 0])
+    return (other - _of_class(z, y)) / (ranked[:, 0] - ranked[:, 2] + 1e-12)
+
+
+def targeted_dlr(out: Any, y: Tensor, target: Tensor) -> Tensor:
+    """:func:`dlr` towards one class, -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2). Needs 4 classes.
+
+    Args:
+        target: class indices ``[n]``.
+    """
+    z = logits_of(out)
+    ranked = z.sort(1, descending=True).values
+    span = ranked[:, 0] - (ranked[:, 2] + ranked[:, 3]) / 2
+    return (_of_class(z, target) - _of_class(z, y)) / (span + 1e-12)
+
+
+def logits_of(out: Any) -> Tensor:
+    """The logits of an output, in fp32 at least: itself, or the first of a tuple."""
+    z = out[0] if isinstance(out, tuple) else out
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _of_class(z: Tensor, y: Tensor) -> Tensor:
+    return z.gather(1, y[:, None])[:, 0]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What one run of :func:`auto_pgd` found.
+
+    Attributes:
+        fooling: the last point that was classified wrongly, for each sample; its start where there was none.
+        strongest: the point of the largest loss.
+        loss: that loss, ``[n]``.
+        fooled: whether any point was classified wrongly, bool ``[n]``.
+    """
+
+    fooling: Tensor
+    strongest: Tensor
+    loss: Tensor
+    fooled: Tensor
+
+
+def auto_pgd(
+    logits: Callable[[Tensor], Any],
+    x: Tensor,
+    y: Tensor,
+    epsilon: float | Tensor,
+    steps: int = 100,
+    loss: Loss = cross_entropy,
+    rho: float = 0.75,
+    box: Box = Box(),
+    generator: torch.Generator | None = None,
+) -> Attacked:
+    """One run of Auto-PGD from a random start: sign steps with momentum, of size 2 epsilon at first. For a sample that
+    does not get on the size is halved, and it goes back to its best point.
+
+    Works under ``no_grad`` and ``inference_mode``. The whole batch is asked at once; nothing waits for the device.
+
+    Args:
+        logits: inputs ``[n, C, ...]`` to logits ``[n, classes]``, or to a tuple that begins with them.
+        x, y: inputs and integer labels ``[n]``.
+        epsilon: radius in pixel units, or one for each sample, ``[n]``.
+        steps: number of steps; each is a forward and a backward pass, and there is one more at the start.
+        loss: what to drive up, from what `logits` returned.
+        rho: a step size is halved where less than this share of the last steps raised the loss.
+        box: range and units of the inputs.
+        generator: a CPU generator for the start.
+
+    Returns:
+        points inside ball and box, fp32, without a graph.
+    """
+    with gradients_allowed():
+        x, y = x.detach().clone().float(), y.detach().clone()
+        low, high, unit = box.bounds(x)
+        each = (-1, *[1] * (x.dim() - 1))
+        radius = (epsilon.reshape(each) if isinstance(epsilon, Tensor) else epsilon) * unit
+        noise = torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1
+        noise = noise / (noise.abs().flatten(1).amax(1).reshape(each) + 1e-12)  # its largest entry is on the ball
+
+        def inside(point: Tensor) -> Tensor:
+            return clip(clip(point, x - radius, x + radius), low, high)
+
+        def ask(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            point = point.detach().requires_grad_()
+            out = logits(point)
+            value = loss(out, y)
+            gradient = sign_gradient(value.sum(), point)
+            return gradient, value.detach().float(), logits_of(out).argmax(1) != y
+
+        now = previous = clip(x + radius * noise, low, high)
+        gradient, value, wrong = ask(now)
+        best, best_gradient, best_value = now, gradient, value
+        fooling, fooled = now, wrong
+        step = torch.full((len(x),), 2.0, device=x.device)
+        # The authors' code compares the first loss with 0, not with the loss of the start.
+        history = [torch.zeros_like(value)]
+        reduced, value_at_check = torch.ones_like(wrong), value
+        every, since = max(int(0.22 * steps), 1), 0
+        for i in range(steps):
+            pull = 0.75 if i else 1.0
+            moved = inside(now + step.reshape(each) * radius * gradient)
+            moved = inside(now + (moved - now) * pull + (now - previous) * (1 - pull))
+            previous, now = now, moved
+            gradient, value, wrong = ask(now)
+            history.append(value)
+            fooling, fooled = torch.where(wrong.reshape(each), now, fooling), fooled | wrong
+            better = value > best_value
+            best = torch.where(better.reshape(each), now, best)
+            best_gradient = torch.where(better.reshape(each), gradient, best_gradient)
+            best_value = torch.maximum(best_value, value)
+            since += 1
+            if since == every:
+                window = torch.stack(history[-every - 1 :])
+                raised = (window[1:] > window[:-1]).sum(0)
+                halved = (raised <= rho * every) | (~reduced & (value_at_check >= best_value))
+                reduced, value_at_check = halved, best_value
+                step = torch.where(halved, step / 2, step)
+                now = torch.where(halved.reshape(each), best, now)
+                gradient = torch.where(halved.reshape(each), best_gradient, gradient)
+                every, since = max(every - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1)), 0
+        return Attacked(fooling, best, best_value, fooled)
+
+
+def apgd(
+    logits: Logits,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float,
+    steps: int = 100,
+    restarts: int = 1,
+    loss: Literal["ce", "dlr", "targeted"] = "ce",
+    targets: int = 9,
+    box: Box = Box(),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Auto-PGD with restarts on the cross-entropy, on DLR, or on targeted DLR for each of the next-likeliest classes.
+
+    Args:
+        logits, x, y, epsilon, steps, box, generator: as in :func:`auto_pgd`.
+        restarts: number of starts (for every target).
+        loss: 'ce', 'dlr' or 'targeted'.
+        targets: of 'targeted', as many as there are other classes at most.
+
+    Returns:
+        for each sample the first point found that is classified wrongly; the input itself where there is none.
+
+    Raises:
+        RecipeError: for a loss that needs more classes than there are.
+    """
+    with gradients_allowed():
+        x, y = x.detach().clone().float(), y.detach().clone()
+        with torch.no_grad():
+            clean = logits_of(logits(x))
+        check_classes(loss, clean.shape[1])
+        objectives: list[Loss] = [{"ce": cross_entropy, "dlr": dlr}.get(loss, dlr)]
+        if loss == "targeted":
+            objectives = [partial(targeted_dlr, target=target) for target in runners_up(clean, targets)]
+        each, adversarial, fooled = (-1, *[1] * (x.dim() - 1)), x, clean.argmax(1) != y
+        for objective in objectives:
+            for _ in range(restarts):
+                found = auto_pgd(logits, x, y, epsilon, steps, objective, box=box, generator=generator)
+                new = found.fooled & ~fooled
+                adversarial = torch.where(new.reshape(each), found.fooling, adversarial)
+                fooled = fooled | found.fooled
+        return adversarial
+
+
+def runners_up(z: Tensor, count: int) -> list[Tensor]:
+    """The second, third, ... likeliest class of each sample, up to `count` of them: class indices ``[n]`` each."""
+    return list(z.argsort(1, descending=True).unbind(1)[1 : count + 1])
+
+
+def check_classes(loss: str, classes: int) -> None:
+    """Refuse a loss that cannot be computed with so few classes.
+
+    Raises:
+        RecipeError: says how many it needs.
+    """
+    needed = {"dlr": 3, "targeted": 4}.get(loss, 2)
+    if classes < needed:
+        raise RecipeError(f"Auto-PGD on the {loss} loss needs {needed} classes; there are {classes}: use 'ce'")
+
+
+def momentum_pgd(
+    logits: Callable[[Tensor], Any],
+    x: Tensor,
+    y: Tensor,
+    epsilon: float | Tensor,
+    steps: int,
+    step_size: float | Tensor,
+    decay: float | Tensor = 0.0,
+    loss: Loss = cross_entropy,
+    box: Box = Box(),
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """PGD along the sign of a decaying sum of gradients, g <- dL/dx + decay g, from a uniform point of the ball.
+
+    Works under ``no_grad`` and ``inference_mode``.
+
+    Args:
+        logits, x, y, loss, box, generator: as in :func:`auto_pgd`.
+        epsilon, step_size, decay: radius and step in pixel units, and the decay: numbers, or one for each sample.
+
+    Returns:
+        the last point of each sample, inside ball and box, fp32, without a graph.
+    """
+    with gradients_allowed():
+        x, y = x.detach().clone().float(), y.detach().clone()
+        low, high, unit = box.bounds(x)
+        each = (-1, *[1] * (x.dim() - 1))
+        epsilon, step_size, decay = (
+            v.reshape(each) if isinstance(v, Tensor) else v for v in (epsilon, step_size, decay)
+        )
+        radius = epsilon * unit
+        noise = torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1
+        now, momentum = clip(x + noise * radius, low, high), torch.zeros_like(x)
+        for _ in range(steps):
+            point = now.detach().requires_grad_()
+            gradient = torch.autograd.grad(loss(logits(point), y).sum(), point)[0].float()
+            momentum = gradient + decay * momentum
+            now = clip(clip(now + step_size * unit * momentum.sign(), x - radius, x + radius), low, high)
+        return now
 
 
 def _attack_loss(out: Tensor, y: Tensor) -> Tensor:

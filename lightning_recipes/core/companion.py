@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_recipes.core import random
-from lightning_recipes.core.distributed import broadcast_
+from lightning_recipes.core.distributed import active, broadcast_
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.silence import modes_kept
 from lightning_recipes.core.weights import load_weights
@@ -63,10 +63,11 @@ class Companion:
         """Whether the arguments alone make the same network again, in another process too."""
         return isinstance(self.source, str) or self.checkpoint is not None
 
-    def build(self, trainer: pl.Trainer, stored: Mapping[str, Any] | None = None) -> nn.Module:
+    def build(self, trainer: pl.Trainer | None = None, stored: Mapping[str, Any] | None = None) -> nn.Module:
         """Make the network, on the CPU, the same on every rank and without touching the global random state.
 
         Args:
+            trainer: without one it is this process's alone; see :meth:`agree`.
             stored: what :meth:`state` gave in the run that is resumed.
 
         Raises:
@@ -78,7 +79,8 @@ class Companion:
                 load_weights(network, self.checkpoint, argument=f"{self.called}_checkpoint")
             except (OSError, ValueError, RuntimeError) as error:
                 raise RecipeError(_line(error)) from error
-        broadcast_([*network.parameters(), *network.buffers()], trainer)
+        if trainer is not None:
+            broadcast_([*network.parameters(), *network.buffers()], trainer)
         weights = (stored or {}).get("weights")
         if weights is not None and not self.can_be_rebuilt:
             try:
@@ -98,12 +100,23 @@ class Companion:
         self.network = network
         return network
 
-    def _made(self, trainer: pl.Trainer) -> nn.Module:
+    def agree(self, trainer: pl.Trainer) -> None:
+        """Take rank 0's weights on every rank, for a network that was built before there were ranks."""
+        if active():
+            broadcast_([*self.network.parameters(), *self.network.buffers()], trainer)
+            self._hash = fingerprint(self.network)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of its weights."""
+        return self._hash
+
+    def _made(self, trainer: pl.Trainer | None) -> nn.Module:
         name, what = self.source, f"{self.called}={self.source!r}"
         path, _, attribute = name.rpartition(":")
         try:
-            with random.forked(trainer.strategy.root_device, self.seed):
-                if path and path not in _HUBS and all(part.isidentifier() for part in path.split(".")):
+            with random.forked(torch.device("cpu") if trainer is None else trainer.strategy.root_device, self.seed):
+                if of_import(name):
                     make = _found(what, path, attribute)
                     if self.pretrained and self.checkpoint is None:
                         raise RecipeError(
@@ -150,13 +163,18 @@ class Companion:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """In eval mode inside; modes and device are afterwards as they were, and what was made here is let go of."""
+        """Frozen and in eval mode inside; afterwards as it was, where it was, and let go of."""
         network = self.network
         device = next((p.device for p in network.parameters()), None)
+        trained = [p for p in network.parameters() if p.requires_grad]
         try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
             with modes_kept(network, training=False):
                 yield
         finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
             if not isinstance(self.source, str) and device is not None:
                 network.to(device)
             self.network = None
@@ -168,10 +186,14 @@ class Companion:
     @torch.no_grad()
     def __call__(self, x: Tensor, **kwargs: Any) -> Any:
         """Its output, without gradients. A floating-point input comes in the type of its weights."""
+        return self.attend(x.detach(), **kwargs)
+
+    def attend(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Its output with a graph to the input, where there is one: an attack goes through it."""
         weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         if weight is not None and x.is_floating_point():
             x = x.to(weight.dtype)
-        return self.network(x.detach(), **kwargs)
+        return self.network(x, *args, **kwargs)
 
     def describe(self) -> str:
         """Its class, and the first layer with weights, for errors."""
@@ -190,6 +212,12 @@ class Companion:
                 name: value.detach().cpu() for name, value in self.source.state_dict().items() if _is_tensor(value)
             }
         return state
+
+
+def of_import(source: Any) -> bool:
+    """Whether a source is an import path 'package.module:Class', and no timm name."""
+    path = source.rpartition(":")[0] if isinstance(source, str) else ""
+    return bool(path) and path not in _HUBS and all(part.isidentifier() for part in path.split("."))
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -1,9 +1,9 @@
-"""Which samples of the user's own loaders a fit sees: those of some classes, from now on or from a boundary on."""
+"""Which samples of a user's own loaders a fit sees: chosen ones for good, or some classes from a boundary on."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import (
     Sampler,
     SequentialSampler,
     Subset,
+    WeightedRandomSampler,
 )
 
 from lightning_recipes.core.distributed import active, rank_and_world
@@ -90,20 +91,65 @@ def check_can_be_cut(loader: Any) -> None:
     Raises:
         RecipeError: says what it is.
     """
-    stock = type(loader) is DataLoader and (type(loader.batch_sampler) is BatchSampler or loader.batch_sampler is None)
-    if not stock or isinstance(loader.dataset, IterableDataset):
-        of = f" of {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else ""
+    if not _can_be_cut(loader):
         raise RecipeError(
-            f"the classes of a {type(loader).__name__}{of} cannot be shown one after the other; give a plain DataLoader"
+            f"the classes of a {_kind_of(loader)} cannot be shown one after the other; give a plain DataLoader"
             " over a data set that is read by index, or a ClassIncrementalDataModule"
         )
+
+
+def _can_be_cut(loader: Any) -> bool:
+    stock = type(loader) is DataLoader and (type(loader.batch_sampler) is BatchSampler or loader.batch_sampler is None)
+    return stock and not isinstance(loader.dataset, IterableDataset)
+
+
+def _kind_of(loader: Any) -> str:
+    of = f" of {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else ""
+    return f"{type(loader).__name__}{of}"
+
+
+class SamplesKept:
+    """Has a fit train on some samples of its training set alone, whatever loader has them. Install it with
+    ``plan.install``: then it is in place before anybody asks how many steps the fit has.
+
+    Args:
+        trainer: the user's.
+        owner: the recipe that asks, for messages.
+        choose: from the whole training set to the ascending indices to keep; called whenever Lightning asks for the
+            loader, on every rank, and must answer the same on all of them.
+    """
+
+    def __init__(self, trainer: pl.Trainer, owner: object, choose: Callable[[Any], Sequence[int]]) -> None:
+        self.trainer, self._owner, self._choose = trainer, owner, choose
+
+    def install(self, undo: ExitStack) -> None:
+        """Take hold of the source of training loaders; leave the removal with `undo`."""
+        fit = self.trainer.fit_loop
+        patch = Patch(fit._data_source, "dataloader", lambda: self._kept(patch.original()))
+        undo.callback(patch.restore)
+        fit._combined_loader = None  # of a module that has asked for its data already
+
+    def _kept(self, loaders: Any) -> Any:
+        with speaking_for(self._owner):
+            if isinstance(loaders, (list, tuple)) and len(loaders) == 1:
+                return [self._kept(loaders[0])]
+            if isinstance(loaders, Mapping) and len(loaders) == 1:
+                return {name: self._kept(loader) for name, loader in loaders.items()}
+            if not _can_be_cut(loaders):
+                several = isinstance(loaders, (list, tuple, Mapping))
+                raise RecipeError(
+                    f"no part of {'several loaders' if several else f'a {_kind_of(loaders)}'} can be taken; give one"
+                    " plain DataLoader over a data set that is read by index"
+                )
+            return only(loaders, list(self._choose(loaders.dataset)))
 
 
 def only(loader: DataLoader, kept: list[int]) -> DataLoader:
     """The same loader over some samples of its data set.
 
-    Stock samplers stay what they are. Any other must go once over the data set an epoch, on all ranks together; then
-    the ranks' orders are joined, what is not kept is left out, and the rest is dealt to the ranks in turn.
+    Stock samplers stay what they are; one that draws by weight draws as large a share of what is left. Any other must
+    go once over the data set an epoch, on all ranks together; then the ranks' orders are joined, what is not kept is
+    left out, and the rest is dealt to the ranks in turn.
 
     Args:
         loader: a plain DataLoader.
@@ -115,6 +161,10 @@ def only(loader: DataLoader, kept: list[int]) -> DataLoader:
         sampler = RandomSampler(dataset, generator=sampler.generator)
     elif type(sampler) is SequentialSampler or not kept:
         sampler = SequentialSampler(dataset)
+    elif type(sampler) is WeightedRandomSampler:
+        draws = max(round(sampler.num_samples * len(kept) / len(loader.dataset)), 1)
+        weights = torch.as_tensor(sampler.weights)[kept]
+        sampler = WeightedRandomSampler(weights, draws, sampler.replacement, sampler.generator)
     else:
         sampler = _Rest(sampler, len(loader.dataset), kept)
     return DataLoader(
@@ -167,7 +217,7 @@ class _Rest(Sampler[int]):
         if len(set(rest)) != len(self.place) or len(rest) != len(self.place):
             raise RecipeError(
                 f"{type(self.sampler).__name__} does not go once over the {self.size} training samples, so its order"
-                " cannot be cut by class; use another sampler, or a ClassIncrementalDataModule"
+                " cannot be cut; use another sampler (for classes in turn a ClassIncrementalDataModule will do)"
             )
         rest += rest[: -len(rest) % world]
         return iter(rest[rank::world])

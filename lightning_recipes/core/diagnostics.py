@@ -22,10 +22,13 @@ from torch import Tensor
 from lightning_recipes.core.batch import size_of
 from lightning_recipes.core.distributed import from_rank_zero, rank_and_world
 from lightning_recipes.core.errors import check_argument, speaking_for
+from lightning_recipes.core.evaluation import buffers_of_rank_zero
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.step import prefix
 
+NAMED = 5
+"""So many of the steps that were left out are named in a verdict, and kept."""
 TRAINED = 3
 """Forward passes that training on a sample counts as: its own, and a backward pass, which takes about two."""
 
@@ -186,6 +189,57 @@ def draw_curves(
     return path
 
 
+def draw_images(
+    path: str | Path, rows: Mapping[str, Sequence[tuple[Tensor, str]]], title: str, most: int = 12
+) -> Path | None:
+    """Draw images in rows; None where matplotlib (the `plots` extra) is not installed, or where there is no image.
+
+    Args:
+        rows: by the row's name, images ``[height, width]`` or ``[channels, height, width]`` of 1 or 3 channels, each
+            with a few words to stand above it. Values outside [0, 1] are stretched to it, image by image.
+        title: of the whole.
+        most: images in a row.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    rows = {name: list(images)[:most] for name, images in rows.items() if images}
+    if not rows:
+        return None
+    across = max(map(len, rows.values()))
+    figure = Figure(figsize=(1.1 * across + 1, 1.35 * len(rows) + 0.6), layout="constrained")
+    axes = figure.subplots(len(rows), across, squeeze=False)
+    for line, (name, images) in zip(axes, rows.items()):
+        for place in line:
+            place.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(name)
+        for place, (image, words) in zip(line, images):
+            place.imshow(_as_picture(image), cmap="gray", vmin=0, vmax=1)
+            place.set_title(words, fontsize=7)
+    figure.suptitle(title)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def is_picture(value: Any) -> bool:
+    """Whether :func:`draw_images` can draw it."""
+    return isinstance(value, Tensor) and (value.dim() == 2 or (value.dim() == 3 and value.shape[0] in (1, 3)))
+
+
+def _as_picture(image: Tensor) -> Any:
+    """An image as matplotlib takes it, in [0, 1]."""
+    image = image.detach().float().cpu()
+    low, high = image.min(), image.max()
+    if low < 0 or high > 1:
+        image = (image - low) / (high - low).clamp_min(1e-12)
+    if image.dim() == 3:
+        image = image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)
+    return image.numpy()
+
+
 def where_to_draw(trainer: pl.Trainer) -> Path | None:
     """The folder of the run's logs; None for a run that logs nowhere, which should leave no files."""
     return Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None
@@ -200,12 +254,15 @@ class _Run:
 
     Attributes:
         last: the optimizer step up to which moments have been dealt with.
-        skipped: moments that the budget left out.
+        tried: the last step that was to be measured, whether the budget allowed it or not.
+        left_out: how often it did not; `skipped` are the first of those steps, `NAMED` at most.
     """
 
     history: History = field(default_factory=History)
     budget: Budget = field(default_factory=Budget)
     last: int = -1
+    tried: int = -1
+    left_out: int = 0
     skipped: list[int] = field(default_factory=list)
 
 
@@ -295,9 +352,9 @@ class Monitor(Recipe):
         return self._run.history
 
     @property
-    def skipped(self) -> list[int]:
-        """Optimizer steps at which the budget did not allow a measurement."""
-        return self._run.skipped
+    def left_out(self) -> int:
+        """How many measurements the budget did not allow in this fit."""
+        return self._run.left_out
 
     @property
     def spent(self) -> float:
@@ -332,7 +389,7 @@ class Monitor(Recipe):
         self._look_if_due(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step > (self.history.steps or [-1])[-1] and trainer.global_step not in self.skipped:
+        if trainer.global_step > self._run.tried:
             self._look(trainer, pl_module)
 
     def _look_if_due(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -343,11 +400,12 @@ class Monitor(Recipe):
 
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run, now = self._run, trainer.global_step
-        passes = self.forwards(trainer)
+        run.tried, passes = now, self.forwards(trainer)
         if self.budget is not None and not from_rank_zero(run.budget.allows(passes), trainer):
-            run.skipped.append(now)
+            run.left_out += 1
+            run.skipped = [*run.skipped, now][:NAMED]
             return
-        with speaking_for(self):
+        with speaking_for(self), buffers_of_rank_zero(trainer):
             values = self.measure(trainer, module)
         run.budget.looked += passes
         run.history.add(now, values)
@@ -355,17 +413,17 @@ class Monitor(Recipe):
 
     def _report(self, trainer: pl.Trainer) -> None:
         """Say what the fit came to, also when it was interrupted. Nothing here waits for another rank."""
-        if not self._begun or not (self.history.steps or self.skipped):
+        run = self._run
+        if not self._begun or not (self.history.steps or run.left_out):
             return
         self._begun = False
         said = [self.conclude()] if self.history.steps else ["Nothing was measured."]
         said += [f"{limit[0].upper()}{limit[1:]}." for limit in self.limits]
-        if self.skipped:
-            count, all_of_them = len(self.skipped), len(self.skipped) + len(self.history.steps)
-            where = ", ".join(map(str, self.skipped[:5])) + (", ..." if count > 5 else "")
+        if run.left_out:
+            where = ", ".join(map(str, run.skipped)) + (", ..." if run.left_out > NAMED else "")
             said.append(
-                f"{count} of {all_of_them} measurements were left out for budget={self.budget:g}, at step"
-                f"{'s' * (count > 1)} {where}."
+                f"{run.left_out} of {run.left_out + len(self.history.steps)} measurements were left out for"
+                f" budget={self.budget:g}, at step{'s' * (run.left_out > 1)} {where}."
             )
         self.verdict = " ".join(said)
         if not trainer.is_global_zero:
@@ -382,6 +440,8 @@ class Monitor(Recipe):
         return {
             "history": run.history.state(),
             "last": run.last,
+            "tried": run.tried,
+            "left_out": run.left_out,
             "trained": run.budget.trained,
             "looked": run.budget.looked,
             "skipped": list(run.skipped),
@@ -390,5 +450,6 @@ class Monitor(Recipe):
     def load_state(self, state: Mapping[str, Any]) -> None:
         run = self._run
         run.history.load(state["history"])
-        run.last, run.skipped = state["last"], list(state["skipped"])
+        run.last, run.tried = state["last"], state["tried"]
+        run.left_out, run.skipped = state["left_out"], list(state["skipped"])
         run.budget.trained, run.budget.looked = state["trained"], state["looked"]

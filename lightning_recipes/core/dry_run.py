@@ -175,23 +175,13 @@ def _first_of(loader: Any) -> Any:
                 "a dry run learns shapes from the training data, which is an iterator that goes through once; set the"
                 " module's example_input_array to an example of its forward's input"
             )
-        with _generators_kept(loader):
+        with random.held_left_alone(loader):
             return next(iter(loader))
-    with _generators_kept(loader.dataset):
+    with random.held_left_alone(loader.dataset):
         if loader.batch_size is None and loader.batch_sampler is None:
             return loader.collate_fn(loader.dataset[0])  # the data set gives whole batches
         count = min(SAMPLES, len(loader.dataset), loader.batch_size or SAMPLES)
         return loader.collate_fn([loader.dataset[i] for i in range(count)])
-
-
-@contextmanager
-def _generators_kept(root: Any) -> Iterator[None]:
-    states = [(generator, random.state_of(generator)) for generator in random.generators_in(root)]
-    try:
-        yield
-    finally:
-        for generator, state in states:
-            random.set_state_of(generator, state)
 
 
 def _takes_index(module: pl.LightningModule) -> bool:

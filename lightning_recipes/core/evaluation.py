@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_recipes.core.batch import get_input
+from lightning_recipes.core.distributed import active, broadcast_
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.labels import labels_in
 from lightning_recipes.core.random import forked, key
@@ -110,6 +111,22 @@ def apart(trainer: pl.Trainer, *stream: int | str, full_precision: bool = False)
         nullcontext() if full_precision else trainer.precision_plugin.forward_context(),
     ):
         yield
+
+
+@contextmanager
+def buffers_of_rank_zero(trainer: pl.Trainer) -> Iterator[None]:
+    """Inside, all ranks have the buffers that rank 0 has, and that a checkpoint keeps: running statistics are otherwise
+    each rank's own, and those of the others are lost in a resume. To be entered by all ranks, with no graph alive.
+    """
+    buffers = [b for b in trainer.lightning_module.buffers() if b.is_floating_point()] if active() else []
+    own = [buffer.detach().clone() for buffer in buffers]
+    broadcast_(buffers, trainer)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, own):
+                buffer.copy_(value)
 
 
 def classified(replay: Replay) -> bool:

@@ -77,6 +77,12 @@ def labels_of(dataset: Dataset) -> Tensor:
     return as_indices(found)
 
 
+def known_labels(dataset: Dataset) -> Tensor | None:
+    """Every sample's class where the data set says it, int64 ``[n]``; None where samples would have to be read."""
+    found = _known(dataset)
+    return None if found is None else as_indices(found)
+
+
 def _only_labels(samples: Sequence[Any]) -> list[Any]:
     labels = [labels_in(sample) for sample in samples]
     if any(label is None for label in labels):

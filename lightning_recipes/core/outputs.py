@@ -56,12 +56,14 @@ class _Place:
     def __init__(self, part: nn.Module) -> None:
         self.owner: str | None = None
         self.replace: Replace | None = None
+        self.instead: Callable[..., Any] | None = None
         self.watchers: list[Callable[[Tensor], None]] = []
         self._inside = False
         self._patch = Patch(part, "forward", self._call, compiled=False)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._patch.original(*args, **kwargs)
+        run = self._patch.original if self.instead is None or self._inside else self.instead
+        output = run(*args, **kwargs)
         logits = logits_in(output)
         if logits is None or self._inside:
             return output
@@ -72,20 +74,21 @@ class _Place:
             finally:
                 self._inside = False
             if replaced is not logits:
-                logits, output = replaced, _with_logits(output, replaced)
+                logits, output = replaced, with_logits(output, replaced)
         for watch in self.watchers:
             watch(logits)
         return output
 
     @property
     def idle(self) -> bool:
-        return self.replace is None and not self.watchers
+        return self.owner is None and not self.watchers
 
     def restore(self) -> None:
         self._patch.restore()
 
 
-def _with_logits(output: Any, logits: Tensor) -> Any:
+def with_logits(output: Any, logits: Tensor) -> Any:
+    """A copy of an output in which :func:`logits_in` finds other logits."""
     if isinstance(output, Tensor):
         return logits
     replaced = copy(output)  # a dict, or an output class of Hugging Face
@@ -93,24 +96,28 @@ def _with_logits(output: Any, logits: Tensor) -> Any:
     return replaced
 
 
-def replace_outputs(part: nn.Module, owner: str, replace: Replace) -> Callable[[], None]:
+def replace_outputs(
+    part: nn.Module, owner: str, replace: Replace | None, instead: Callable[..., Any] | None = None
+) -> Callable[[], None]:
     """Replace the logits that come out of a part, for everybody that calls it, until the returned function is called.
 
     Args:
         part: the module, or what :func:`part_of` finds in it.
         owner: who replaces them, for messages.
         replace: called with logits ``[n, classes]`` and the arguments of the call; outputs without such logits pass.
+            None leaves them.
+        instead: called with the arguments in the place of the part's own forward, which then does not run.
 
     Raises:
         RecipeError: when somebody else replaces them already.
     """
     place = _place(part)
-    if place.replace is not None:
+    if place.owner is not None:
         raise RecipeError(f"{place.owner} and {owner} both replace the outputs of the network; use one of them")
-    place.owner, place.replace = owner, replace
+    place.owner, place.replace, place.instead = owner, replace, instead
 
     def undo() -> None:
-        place.owner = place.replace = None
+        place.owner = place.replace = place.instead = None
         _leave(part, place)
 
     return undo

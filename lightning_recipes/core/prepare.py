@@ -124,18 +124,7 @@ class Plan:
         Raises:
             RecipeError: when another recipe does, or the module takes its optimizer steps itself.
         """
-        session = self._session
-        name = type(self._recipe).__name__
-        if session.phase_plan is not None:
-            raise RecipeError(
-                f"{type(session.phase_plan[0]).__name__} and {name} both cut the fit into phases; use one of them"
-            )
-        if not session.module.automatic_optimization:
-            raise RecipeError(
-                f"{name} cuts the fit into phases and needs automatic optimization: under manual optimization the"
-                " module may hold on to optimizers that a phase makes anew"
-            )
-        session.phase_plan = self._recipe, plan
+        self._session.cut(self._recipe, plan)
 
     def install(self, part: Part) -> None:
         """Have a part of the fit's machinery put on for the length of the fit."""
@@ -162,7 +151,11 @@ class Plan:
 
 
 class Session:
-    """The recipes of one Trainer for the length of one fit, validate, test or predict."""
+    """The recipes of one Trainer for the length of one fit, validate, test or predict.
+
+    A data module that moves on by itself opens one too (``Session.of`` in its ``setup``), so that it does so without
+    any recipe; it closes it in its ``teardown`` and ``on_exception``, as recipes do.
+    """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.trainer, self.module = trainer, module
@@ -173,7 +166,7 @@ class Session:
         self.parts: list[Part] = []
         self.writings: dict[Recipe, Writing] = {}
         self.looks: dict[Recipe, Callable[[], None]] = {}
-        self.phase_plan: tuple[Recipe, PhasePlan] | None = None
+        self.phase_plan: tuple[object, PhasePlan] | None = None  # and whose it is
         self.phases: Phases | None = None
         self.keeps_place = False
         self.surgeries: dict[Recipe, Surgery] = {}
@@ -235,6 +228,30 @@ class Session:
 
         patch = Patch(trainer.strategy, "on_exception", then_close)
 
+    # -- data modules ------------------------------------------------------------------------------------------------
+
+    def cut(self, owner: object, plan: PhasePlan) -> None:
+        """Cut the fit into phases on behalf of a recipe, or of the data module; see :meth:`Plan.phases`."""
+        name = type(owner).__name__
+        if self.phase_plan is not None:
+            raise RecipeError(
+                f"{type(self.phase_plan[0]).__name__} and {name} both cut the fit into phases; use one of them"
+            )
+        if not self.module.automatic_optimization:
+            raise RecipeError(
+                f"{name} cuts the fit into phases and needs automatic optimization: under manual optimization the"
+                " module may hold on to optimizers that a phase makes anew"
+            )
+        self.phase_plan = owner, plan
+
+    def _ask_data(self) -> None:
+        """A data module that moves on by itself (it has a ``phase_plan``) is the first to cut the fit."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.fitting and hasattr(data, "phase_plan"):
+            with speaking_for(data):
+                check_strategy(self.trainer)
+                self.cut(data, data.phase_plan())
+
     # -- the life of a session ---------------------------------------------------------------------------------------
 
     def join(self, recipe: Recipe) -> None:
@@ -264,6 +281,7 @@ class Session:
         sections = checkpoint.get("callbacks", {})
         active = [recipe for recipe in self.recipes if not recipe.neutral]
         self._steps_before = checkpoint.get("global_step", self._steps_before)
+        self._ask_data()
         if self.fitting and active:
             with speaking_for(*active):
                 check_strategy(self.trainer)
@@ -355,8 +373,8 @@ class Session:
             with speaking_for(recipe):
                 look()
         if self.phase_plan is not None:  # first: the parameter socket wraps the optimizers of a phase too
-            recipe, plan = self.phase_plan
-            with speaking_for(recipe):
+            owner, plan = self.phase_plan
+            with speaking_for(owner):
                 self.phases = Phases(self.trainer, self.module, plan, checkpoint, self.configure_anew)
                 self.phases.install(self._undo)
         for part in self.parts:  # before a claim that asks for the number of steps, and so for the data

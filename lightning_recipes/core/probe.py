@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from tqdm import tqdm
 
 from lightning_recipes.core import random
@@ -62,36 +63,70 @@ def samples_at_hand(trainer: pl.Trainer) -> Samples:
         what = f"{len(loaders)} loaders" if loader is None else type(loader).__name__
         of = f" of {type(loader.dataset).__name__}" if isinstance(loader, DataLoader) else ""
         raise RecipeError(f"needs the training data as one DataLoader over a data set read by index; got {what}{of}")
-    dataset = getattr(trainer.datamodule, "plain_train_set", None)
-    if dataset is None or len(dataset) != len(loader.dataset):
-        dataset = loader.dataset
-    return samples_of(loader, dataset)
+    return samples_of(loader, _plain(trainer, loader.dataset))
 
 
-def samples_of(loader: DataLoader, dataset: Any = None, chosen: Sequence[int] | None = None) -> Samples:
+def _plain(trainer: pl.Trainer, dataset: Any) -> Any:
+    """The same samples of the data module's plain set, where it has one; a part of them if a fit is shown a part."""
+    plain = getattr(trainer.datamodule, "plain_train_set", None)
+    if plain is None:
+        return dataset
+    chosen, below = torch.arange(len(dataset)), dataset
+    while type(below) is Subset and len(below) != len(plain):
+        chosen, below = torch.as_tensor(below.indices, dtype=torch.int64)[chosen], below.dataset
+    if len(below) != len(plain):
+        return dataset
+    return plain if below is dataset else Subset(plain, chosen.tolist())
+
+
+def samples_of(
+    loader: DataLoader,
+    dataset: Any = None,
+    chosen: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+) -> Samples:
     """The samples of a loader once, in order and dealt to the ranks in turn, read as the loader reads them.
 
     Args:
         dataset: another data set with as many samples; None for the loader's own.
         chosen: ascending indices of those to read; None for all.
+        batch_size, num_workers: None for the loader's own.
     """
     dataset = loader.dataset if dataset is None else dataset
     chosen = range(len(dataset)) if chosen is None else chosen
     rank, world = rank_and_world()
     share = list(chosen[rank::world])
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
+    size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
     plain = DataLoader(
         dataset,
         batch_size=size,
         sampler=share,
         collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
+        num_workers=loader.num_workers if num_workers is None else num_workers,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         generator=random.generator("training samples"),
     )
     return Samples(plain, share, len(chosen))
+
+
+def read(dataset: Any, indices: Sequence[int]) -> Any:
+    """Samples of a data set as a loader's ``collate_fn`` gets them."""
+    several = getattr(dataset, "__getitems__", None)
+    return several(list(indices)) if several else [dataset[i] for i in indices]
+
+
+def reads_anew(dataset: Any, most: int = 4) -> bool:
+    """Whether a data set gives other inputs each time that it is read (a random transform), by its first few samples.
+
+    The global random state, and that of generators that the data set holds, end as they began.
+    """
+    with random.forked(torch.device("cpu")), random.held_left_alone(dataset):
+        first, again = (read(dataset, range(min(most, len(dataset)))) for _ in range(2))
+    pairs = zip(tree_leaves(first), tree_leaves(again))
+    return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs)
 
 
 def some_of(total: int, most: int, *stream: int | str) -> Sequence[int]:

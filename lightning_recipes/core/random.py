@@ -83,6 +83,17 @@ def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
         set_states(state)
 
 
+@contextmanager
+def held_left_alone(root: Any) -> Iterator[None]:
+    """Leave the generators that an object holds (:func:`generators_in`) as they were."""
+    held = [(each, state_of(each)) for each in generators_in(root)]
+    try:
+        yield
+    finally:
+        for each, state in held:
+            set_state_of(each, state)
+
+
 # -- whole states ----------------------------------------------------------------------------------------------------
 
 Generator = torch.Generator | random.Random | np.random.RandomState | np.random.Generator

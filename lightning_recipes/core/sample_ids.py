@@ -83,7 +83,7 @@ class SampleIds:
         if isinstance(loader.dataset, IterableDataset):
             raise self._error(f"{type(loader.dataset).__name__} is read from one end to the other")
         self.most = loader.batch_size
-        self.total, self._root = _root_of(loader.dataset)
+        self.total, self._root = root_of(loader.dataset)
         self._check(self.total)
         if "_get_iterator" not in loader.__dict__:  # a reload may give the same one
             _number(loader, undo)
@@ -94,15 +94,20 @@ class SampleIds:
         )
 
 
-def _root_of(dataset: Any) -> tuple[int, Tensor | None]:
+def root_of(dataset: Any) -> tuple[int, Tensor | None]:
     """Size of the data set below all ``Subset``s, and the index there of every sample."""
     root: Tensor | None = None
-    while type(dataset) is Subset:
+    while isinstance(dataset, Subset) and _reads_as_subsets_do(type(dataset)):
         indices = torch.as_tensor(dataset.indices, dtype=torch.int64)
         root = indices if root is None else indices[root]
         dataset = dataset.dataset
     total = len(dataset)
     return total, None if root is None else torch.where(root < 0, root + total, root)
+
+
+def _reads_as_subsets_do(kind: type[Subset]) -> bool:
+    """Whether a kind of subset gives the samples at its indices; one that reads by rules of its own is a set itself."""
+    return kind.__getitem__ is Subset.__getitem__ and kind.__getitems__ is Subset.__getitems__
 
 
 _KEPT = "_lightning_recipes_sample_ids"  # on an iterator: ids of the batches that it gave out last

@@ -406,9 +406,20 @@ class StepSocket:
 def observe(
     trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, select: str | int | None = None
 ) -> Replay:
-    """What the module's own step makes of a batch, silently and with no recipe in it; for probes outside a step."""
+    """What the module's own step makes of a batch, silently and with no recipe in it; for probes outside a step.
+
+    Raises:
+        RecipeError: when the module takes its optimizer steps itself; to look would be to train.
+    """
+    if not module.automatic_optimization:
+        raise RecipeError(
+            f"{type(module).__name__} optimizes manually: its training step would train, so that it cannot be looked at"
+        )
     step = Step(trainer, module, stock_step(module), batch, rest_of_arguments(module, batch_idx), select=select)
-    return step.replay(batch)
+    with ExitStack() as undo:
+        if isinstance(select, str):
+            undo.callback(wrap_named(module, select))
+        return step.replay(batch)
 
 
 def stock_step(module: pl.LightningModule) -> Callable[..., Any]:

@@ -1,4 +1,8 @@
-"""Sequences of tasks in class-incremental learning: which classes come when."""
+"""Which samples come at which time: sequences of tasks, each of some classes.
+
+In class-incremental learning every class comes once; in a recurring stream the same classes come again and again. A
+data module that deals its samples out in tasks says so in one way for both, see :func:`supplied`.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,8 @@ def supplied(trainer: pl.Trainer) -> tuple[Any, Tasks] | None:
     """The Trainer's data module and its tasks, where it is one that deals its classes out in tasks.
 
     Such a data module has ``task_classes``, the classes of each task, and ``task``, the index of the current one, which
-    may be set and decides what its loaders give.
+    may be set and decides what its loaders give; ``current_classes``, all that it trains on now, and ``num_classes``.
+    One that moves on by itself within a fit also has ``phase_plan()``, the `PhasePlan` of its tasks.
     """
     data = getattr(trainer, "datamodule", None)
     tasks = getattr(data, "task_classes", None)
@@ -61,3 +66,9 @@ def supplied(trainer: pl.Trainer) -> tuple[Any, Tasks] | None:
 def up_to(tasks: Tasks, last: int) -> list[int]:
     """The classes of tasks 0 to `last`, in order."""
     return [c for task in tasks[: last + 1] for c in task]
+
+
+def recur(tasks: Tasks) -> bool:
+    """Whether a class comes in more than one of them."""
+    named = [c for task in tasks for c in task]
+    return len(set(named)) < len(named)

@@ -11,11 +11,15 @@ from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
 from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
 from lightning_recipes.datamodules.prior_data import PriorDataModule
 from lightning_recipes.datamodules.priors import GaussianPrior, GPPrior, LinearPrior, MLPPrior, Prior, SampledGPPrior
+from lightning_recipes.datamodules.scole import SCoLeDataModule
+from lightning_recipes.datamodules.student_teacher import StudentTeacherDataModule
 from lightning_recipes.datamodules.superclasses import SuperclassDataModule
 from lightning_recipes.datamodules.table import TableDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
 from lightning_recipes.datamodules.two_classes import TwoClassDataModule
+from lightning_recipes.datamodules.unlearnable import UnlearnableDataModule
+from lightning_recipes.datamodules.xor_clusters import XORClusterDataModule
 
 __all__ = [
     "ArrayDataModule",
@@ -37,10 +41,14 @@ __all__ = [
     "Prior",
     "PriorDataModule",
     "RotatedDigitsDataModule",
+    "SCoLeDataModule",
     "SampledGPPrior",
+    "StudentTeacherDataModule",
     "SuperclassDataModule",
     "TableDataModule",
     "TextDataModule",
     "TorchvisionDataModule",
     "TwoClassDataModule",
+    "UnlearnableDataModule",
+    "XORClusterDataModule",
 ]

@@ -8,8 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
 
+from lightning_recipes.core.labels import labels_of
 from lightning_recipes.datamodules.samplers import EpochShuffle
 
 
@@ -152,21 +155,108 @@ class DataModule(LightningDataModule):
         )
 
 
+class Part(Subset):
+    """Some samples of a labelled set. The set below stays the same object, so that a sample keeps its index there
+    whichever part it is read through.
+
+    Args:
+        dataset: read by index.
+        indices: of the samples in it, in any order and as often as they shall come; None for all.
+        labels: of the whole set, int64 ``[n]``; None for its own.
+    """
+
+    def __init__(self, dataset: Any, indices: Any = None, labels: Tensor | None = None) -> None:
+        everything = labels_of(dataset) if labels is None else labels
+        chosen = torch.arange(len(everything)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        super().__init__(dataset, chosen.tolist())
+        self._everything, self.labels = everything, everything[chosen]
+
+    def select(self, indices: Any) -> Part:
+        """The samples at `indices` of this part."""
+        chosen = torch.tensor(self.indices)[torch.as_tensor(indices, dtype=torch.int64)]
+        return Part(self.dataset, chosen, self._everything)
+
+
+class OwnSets(DataModule):
+    """Anybody's data sets as a data module of this package.
+
+    Args:
+        sets: training, validation and test set, read by index and with labels; None where there is none.
+        collate: of a loader; None for PyTorch's.
+        **kwargs: those of `DataModule`.
+    """
+
+    def __init__(self, sets: Sequence[Dataset | None], collate: Callable | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sets, self.collate = sets, collate
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set is not None:
+            return
+        for name, dataset in zip(("train_set", "val_set", "test_set"), self.sets, strict=True):
+            usable = dataset is None or (hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset))
+            if not usable or (dataset is None and name == "train_set"):
+                raise ValueError(f"{name}: a {type(dataset).__name__}, must be a data set that is read by index")
+            setattr(self, name, None if dataset is None else Part(dataset))
+        self.class_names = [str(c) for c in range(int(self.train_set.labels.max()) + 1)]
+
+
+class OwnLoaders(OwnSets):
+    """Anybody's data module as one of this package: the data sets and the collation of its loaders.
+
+    Args:
+        module: its training loader is one ``DataLoader``, and so are those for validation and test, where it has them.
+        **kwargs: those of `DataModule`.
+    """
+
+    def __init__(self, module: LightningDataModule, **kwargs: Any) -> None:
+        super().__init__((None, None, None), **kwargs)
+        self.module = module
+
+    def prepare_data(self) -> None:
+        self.module.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set is not None:
+            return
+        for each in ("fit", "test"):
+            self.module.setup(each)
+        loaders = []
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+            there = is_overridden(name, self.module) or name == "train_dataloader"
+            loader = getattr(self.module, name)() if there else None
+            if not isinstance(loader, DataLoader) and not (loader is None and name != "train_dataloader"):
+                raise ValueError(
+                    f"{type(self.module).__name__}.{name} gives a {type(loader).__name__}, must give one DataLoader"
+                )
+            loaders.append(loader)
+        self.sets, self.collate = [None if each is None else each.dataset for each in loaders], loaders[0].collate_fn
+        super().setup(stage)
+
+
 class Derived(DataModule):
-    """Samples of another data module of this package, chosen or labelled anew; its splits, transforms and collation.
+    """Samples of another data module, chosen or labelled anew; its splits, transforms and collation.
 
     A subclass fills the three sets in :meth:`derive`. The other's own loaders are not used.
 
     Args:
-        data: the data module to take samples from.
+        data: where to take samples from: a data module of this package; where `takes_any` says so also anybody's
+            (the data sets of its loaders), or a pair or three of data sets: training, (validation,) test.
         **kwargs: those of `DataModule`.
     """
 
     needs: ClassVar[Sequence[str]] = ("train_set",)
     """Sets of ``data`` that must be there."""
+    takes_any: ClassVar[bool] = False
+    """Whether ``data`` may be anything with labelled samples that are read by index."""
 
-    def __init__(self, data: LightningDataModule, **kwargs: Any) -> None:
+    def __init__(self, data: LightningDataModule | Sequence[Dataset], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if self.takes_any and isinstance(data, LightningDataModule) and not isinstance(data, DataModule):
+            data = OwnLoaders(data)
+        elif self.takes_any and isinstance(data, (tuple, list)) and len(data) in (2, 3):
+            train, *val, test = data
+            data = OwnSets((train, val[0] if val else None, test))
         require(isinstance(data, DataModule), "data", data, "a data module of lightning_recipes.datamodules")
         self.data = data
 

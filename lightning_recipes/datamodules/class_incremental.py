@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_recipes.core.tasks import Tasks, cut, up_to
-from lightning_recipes.datamodules.base import Derived, require
+from lightning_recipes.core.tasks import Tasks, cut
+from lightning_recipes.datamodules.base import require
 from lightning_recipes.datamodules.splits import keyed_permutation
+from lightning_recipes.datamodules.task_stream import TaskStream
 
 
-class ClassIncrementalDataModule(Derived):
+class ClassIncrementalDataModule(TaskStream):
     """Trains on the classes of one task, evaluates on those of all tasks so far. Labels stay those of ``data``.
 
     Setting ``task`` moves on; a recipe such as `SLCA` does it at every boundary, and so may a loop of your own:
@@ -24,7 +23,8 @@ class ClassIncrementalDataModule(Derived):
 
     Args:
         data: the data module to take samples from: its training set (whole, with its ``fraction``), validation set and
-            test set, with their transforms. Its own loaders are not used.
+            test set, with their transforms. Its own loaders are not used. Also anybody's data module, or a pair or
+            three of labelled data sets: training, (validation,) test.
         tasks: how many tasks, of sizes that differ by one at most; or the classes of each, in order.
         classes_per_task: instead of ``tasks``: classes of each task; the last may have fewer.
         first: with ``classes_per_task``: classes of the first task, where it is larger.
@@ -40,7 +40,7 @@ class ClassIncrementalDataModule(Derived):
 
     def __init__(
         self,
-        data: LightningDataModule,
+        data: LightningDataModule | tuple[Dataset, ...],
         tasks: int | list[list[int]] | None = None,
         classes_per_task: int | None = None,
         first: int | None = None,
@@ -50,7 +50,7 @@ class ClassIncrementalDataModule(Derived):
         task: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data, **kwargs)
+        super().__init__(data, task, validate_on, **kwargs)
         if (tasks is None) == (classes_per_task is None):
             raise ValueError(f"tasks={tasks!r}, classes_per_task={classes_per_task!r}: give one of them")
         require(not isinstance(tasks, int) or tasks >= 1, "tasks", tasks, "at least 1")
@@ -62,41 +62,11 @@ class ClassIncrementalDataModule(Derived):
         listed = tasks is not None and not isinstance(tasks, int)
         require(not (given and listed), "class_order", class_order, "left out where tasks lists the classes")
         require(evaluate in ("per_task", "together"), "evaluate", evaluate, "'per_task' or 'together'")
-        require(validate_on in ("val", "test"), "validate_on", validate_on, "'val' or 'test'")
-        require(task >= 0, "task", task, "an integer of at least 0")
         self.tasks = tasks
         self.classes_per_task = classes_per_task
         self.first = first
         self.class_order = class_order
         self.evaluate = evaluate
-        self.validate_on = validate_on
-        self.task_classes: Tasks = []
-        """The classes of each task in order; known after ``setup``."""
-        self._task = task
-
-    # -- the current task --------------------------------------------------------------------------------------------
-
-    @property
-    def task(self) -> int:
-        """Index of the current task. Loaders that are there already do not change when it is set."""
-        return self._task
-
-    @task.setter
-    def task(self, task: int) -> None:
-        if self.task_classes:
-            require(0 <= task < len(self.task_classes), "task", task, f"from 0 to {len(self.task_classes) - 1}")
-            self.train_set = self._of(self.data.train_set, self.task_classes[task])
-        self._task = task
-
-    @property
-    def seen_classes(self) -> list[int]:
-        """The classes of the tasks so far, in order."""
-        return up_to(self.task_classes, self._task)
-
-    @property
-    def train_labels(self) -> Tensor:
-        """Labels of the training samples of all tasks, int64 ``[n]``."""
-        return self.data.train_set.labels
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -121,26 +91,11 @@ class ClassIncrementalDataModule(Derived):
         require(sorted(self.class_order) == list(range(self.num_classes)), "class_order", self.class_order, allowed)
         return list(self.class_order)
 
-    @staticmethod
-    def _of(dataset: Any, classes: Sequence[int]) -> Any:
-        """The samples of some classes, in the order of the set."""
-        return dataset.select(np.flatnonzero(np.isin(dataset.labels.numpy(), list(classes))))
-
-    # -- loaders -----------------------------------------------------------------------------------------------------
-
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self._evaluation(self.data.val_set if self.validate_on == "val" else self.data.test_set)
-
-    def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self._evaluation(self.data.test_set)
-
-    def _evaluation(self, dataset: Any) -> DataLoader | list[DataLoader]:
+    def evaluation_of(self, dataset: Any) -> DataLoader | list[DataLoader]:
         if dataset is None:
             return []
-        if self.evaluate == "together":
-            return self.evaluation_loader(self._of(dataset, self.seen_classes))
-        seen = self.task_classes[: self._task + 1]
-        loaders = [self.evaluation_loader(self._of(dataset, classes)) for classes in seen]
+        parts = [self.seen_classes] if self.evaluate == "together" else self.task_classes[: self._task + 1]
+        loaders = [self.evaluation_loader(dataset.select(self.samples_of(dataset, classes))) for classes in parts]
         return loaders[0] if len(loaders) == 1 else loaders
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

@@ -77,6 +77,26 @@ class LabelledImages(Dataset):
         chosen.std = None if std is None else torch.tensor(std).view(-1, 1, 1)
         return chosen
 
+    def pixels(self) -> Tensor:
+        """All images as they are before the transform, uint8 (N,C,H,W).
+
+        Raises:
+            ValueError: for images of several sizes, or that are read as something else than uint8.
+        """
+        if isinstance(self.source, Tensor):
+            images = self._resize(self.source[torch.from_numpy(self.indices)])
+        else:
+            each = [self._read(int(position)) for position in self.indices]
+            if len({image.shape for image in each}) > 1:
+                raise ValueError("the images differ in size; have the data module resize them (size=)")
+            images = torch.stack(each)
+        if images.dtype != torch.uint8:
+            raise ValueError(
+                f"the images are read as {str(images.dtype)[6:]}; they must be uint8 pixels, with transforms, mean and"
+                " std given to the data module"
+            )
+        return images
+
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -15,9 +15,14 @@ import numpy as np
 from torch import Tensor
 
 
+def keyed_generator(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """Random numbers that are a function of the key alone, the same on every rank and in every worker."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *key])
+
+
 def keyed_permutation(n: int, seed: int, purpose: str, *key: int) -> np.ndarray:
-    """A permutation of ``range(n)`` that is a function of the key alone, the same on every rank and in every worker."""
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *key]).permutation(n)
+    """A permutation of ``range(n)`` by :func:`keyed_generator`."""
+    return keyed_generator(seed, purpose, *key).permutation(n)
 
 
 def _members(labels: Tensor | np.ndarray, seed: int, purpose: str) -> dict[int, np.ndarray]:

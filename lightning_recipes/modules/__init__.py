@@ -1,6 +1,7 @@
 """Stock LightningModules, which know nothing of recipes, and the nets and metrics that they use."""
 
 from lightning_recipes.core.group_accuracy import LongTailAccuracy
+from lightning_recipes.modules.adaptive_smoothing import AdaptiveSmoothingModule
 from lightning_recipes.modules.balanced_attention import BalancedAttention, CoordinateAttention, SqueezeExcitation
 from lightning_recipes.modules.balanced_cnn import BalancedCNN, BalancedNet
 from lightning_recipes.modules.bar_distribution import BarDistribution, quantile_borders
@@ -18,16 +19,20 @@ from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
+from lightning_recipes.modules.linear_student import LinearStudent
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
+from lightning_recipes.modules.mixer import Mixer, MixingNetwork
 from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.pfn import PFNModule
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
 from lightning_recipes.modules.small_cnn import SmallCNN
+from lightning_recipes.modules.two_layer_relu import TwoLayerReLU
 
 __all__ = [
     "AURC",
     "MLP",
+    "AdaptiveSmoothingModule",
     "AugmentBatch",
     "BalancedAttention",
     "BalancedCNN",
@@ -46,8 +51,11 @@ __all__ = [
     "ImageClassifier",
     "LEVIEnsemble",
     "LightweightCNN",
+    "LinearStudent",
     "LongTailAccuracy",
     "MLPHead",
+    "Mixer",
+    "MixingNetwork",
     "NTXentLoss",
     "PFNModule",
     "PreActResNet18",
@@ -57,6 +65,7 @@ __all__ = [
     "SupConLoss",
     "SymmetricReLU",
     "TextClassifier",
+    "TwoLayerReLU",
     "UnifiedClassifier",
     "aurc",
     "harmonic_mean",

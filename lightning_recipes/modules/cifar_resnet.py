@@ -6,6 +6,9 @@ published weights load. Those take RGB in [0,1] normalised by mean (0.485, 0.456
 
 from __future__ import annotations
 
+from typing import Any
+
+import timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,3 +65,13 @@ class CifarResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
+
+
+def cifar_resnet18(num_classes: int = 10, in_chans: int = 3, **arguments: Any) -> nn.Module:
+    """timm's ResNet-18 for 32x32 images, as most papers on CIFAR have it: a 3x3 convolution of stride 1 in the place of
+    the 7x7 one of stride 2, and no pooling behind it; 11.2 M parameters at 10 classes."""
+    net = timm.create_model("resnet18", num_classes=num_classes, in_chans=in_chans, **arguments)
+    net.conv1 = nn.Conv2d(in_chans, net.conv1.out_channels, 3, 1, 1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm draws convolutions
+    net.maxpool = nn.Identity()
+    return net

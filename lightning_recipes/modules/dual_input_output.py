@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import os
 import random as python_random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -33,10 +33,7 @@ from lightning_recipes.core.batch import describe
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.recipe import Paper
 from lightning_recipes.modules.classifier import NOT_SAVED, OptimizedModule
-from lightning_recipes.modules.image_classifier import build_net
-
-Branch = str | nn.Module | Callable[[], nn.Module]
-
+from lightning_recipes.modules.drawn_anew import Net, build_anew
 
 # -- the second view -------------------------------------------------------------------------------------------------
 
@@ -165,40 +162,6 @@ def check_separate(a: nn.Module, b: nn.Module) -> None:
                 )
 
 
-def drawn_anew(branch: nn.Module) -> nn.Module:
-    """A copy of a branch with fresh weights and statistics, by the ``reset_parameters`` of its layers.
-
-    Raises:
-        RecipeError: for a parameter that no layer's ``reset_parameters`` draws.
-    """
-    copied = copy.deepcopy(branch)
-    for path, part in copied.named_modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
-        elif own := [name for name, _ in part.named_parameters(recurse=False)]:
-            raise RecipeError(
-                f"branch: {type(part).__name__} cannot draw its parameter {'.'.join(filter(None, [path, own[0]]))!r}"
-                " anew (it has no reset_parameters); give a function that builds the branch"
-            )
-    return copied
-
-
-def build_branch(branch: Branch, num_classes: int, in_chans: int, model_args: Mapping[str, Any] | None) -> nn.Module:
-    """A branch of its own: by name, from a function, or a module drawn anew.
-
-    Raises:
-        RecipeError: when a function gives something else than a module.
-    """
-    if isinstance(branch, str):
-        return build_net(branch, num_classes, in_chans, model_args=dict(model_args or {}))
-    if isinstance(branch, nn.Module):
-        return drawn_anew(branch)
-    built = branch()
-    if not isinstance(built, nn.Module):
-        raise RecipeError(f"branch must give a module; {branch!r} gave {type(built).__name__}")
-    return built
-
-
 # -- stage 1 ---------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +205,7 @@ class DualInputOutput(OptimizedModule):
 
     def __init__(
         self,
-        branch: Branch = "lightweight_cnn",
+        branch: Net = "lightweight_cnn",
         num_classes: int = 10,
         in_chans: int = 1,
         model_args: dict[str, Any] | None = None,
@@ -270,7 +233,7 @@ class DualInputOutput(OptimizedModule):
         branches = []
         for name in "ab":
             with random.forked(torch.device("cpu"), random.key("branch", name, *self._seeds)):
-                branches.append(build_branch(branch, num_classes, in_chans, model_args))
+                branches.append(build_anew(branch, num_classes, in_chans, model_args, "branch"))
         self.a, self.b = branches
         check_separate(self.a, self.b)
         for each in branches:
@@ -449,11 +412,12 @@ class UnifiedClassifier(nn.Module):
         branches = []
         for weights in states:
             with random.forked(torch.device("cpu")):  # its first weights are thrown away: no draw for them
-                built = build_branch(
+                built = build_anew(
                     arguments["branch"] if branch is None else branch,
                     arguments["num_classes"],
                     arguments["in_chans"],
                     arguments["model_args"],
+                    "branch",
                 )
             try:
                 built.load_state_dict(weights)

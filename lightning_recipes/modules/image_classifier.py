@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_recipes.core.weights import load_weights
-from lightning_recipes.modules.cifar_resnet import CifarResNet
+from lightning_recipes.modules.cifar_resnet import CifarResNet, cifar_resnet18
 from lightning_recipes.modules.classifier import NOT_SAVED, OfImages
 from lightning_recipes.modules.deep_mlp import DeepMLP
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
@@ -24,6 +24,7 @@ NETS = {
     "small_cnn": SmallCNN,
     "lightweight_cnn": LightweightCNN,
     "cifar_resnet": CifarResNet,
+    "cifar_resnet18": cifar_resnet18,
     "mlp": MLP,
     "preact_resnet18": PreActResNet18,
     "deep_mlp": DeepMLP,
@@ -52,8 +53,8 @@ class ImageClassifier(OfImages):
     Logs train/loss and, for val and test, loss, acc and ece; ``predict_step`` returns probabilities (N,num_classes).
 
     Args:
-        model: a timm name, "small_cnn", "lightweight_cnn", "cifar_resnet", "mlp", "deep_mlp", "preact_resnet18", or a
-            module that maps images to logits.
+        model: a timm name, "small_cnn", "lightweight_cnn", "cifar_resnet", "cifar_resnet18", "mlp", "deep_mlp",
+            "preact_resnet18", or a module that maps images to logits.
         num_classes: classes.
         in_chans: channels of the images.
         pretrained: download timm's pretrained weights.

@@ -78,6 +78,7 @@ def saved(
     callbacks: Callable[[], list[Callback]],
     data: Callable[[], Iterable[Any]] = lambda: loader(X, Y),
     merged: bool = False,
+    validation: Callable[[], Iterable[Any]] = lambda: None,
     **trainer: Any,
 ) -> Callable[[], bytes]:
     """What stands in the checkpoint of a run: after two steps, or (merged) when the fit is over. Trains once."""
@@ -88,7 +89,7 @@ def saved(
             keep = ModelCheckpoint(folder, "after", every_n_train_steps=2, save_top_k=-1)
             settings = {"limit_train_batches": 3, "enable_checkpointing": True, **trainer}
             fit = quiet(callbacks=[*callbacks(), keep], **settings)
-            fit.fit(module(), data())
+            fit.fit(module(), data(), validation())
             if merged:
                 fit.save_checkpoint(Path(folder, "after.ckpt"))
             return Path(folder, "after.ckpt").read_bytes()

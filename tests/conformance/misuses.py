@@ -75,7 +75,8 @@ def of_every_row() -> list[Misuse]:
         def twice(row: Row = row) -> list[Callback]:
             return [*row.recipes(), row.recipes()[0]]
 
-        before = saved(module, row.recipes, batches, max_epochs=2, **row.trainer)
+        validation = (lambda: table.digits()) if row.validation else (lambda: None)
+        before = saved(module, row.recipes, batches, validation=validation, max_epochs=2, **row.trainer)
         without = saved(module, list, batches, max_epochs=2)
         bad = functools.partial(Misuse, data=batches, trainer=row.trainer)
         found += other_arguments(row, module, before)

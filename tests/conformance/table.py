@@ -117,6 +117,9 @@ class Classifier(pl.LightningModule):
         self.log("loss", loss)
         return loss
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
     def configure_optimizers(self) -> Any:
         if self.optimizer == "adamw":
             optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -199,6 +202,7 @@ class Row:
         keeps: takes off what the recipe leaves in the module by documented choice; None where it leaves nothing.
         data: makes the training data from a number of samples; a row that trains on a part of its data at a time has
             as many in each part.
+        validation: whether it needs validation data.
         module: makes the module, for a recipe of one kind of module only; None for a classifier of `network`.
         loader: makes its training batches, from the rank, the number of ranks and the size of a batch of all of them.
         datamodule: makes its data with a validation, for runs that are killed.
@@ -215,6 +219,7 @@ class Row:
     trainer: dict[str, Any] = field(default_factory=dict)
     keeps: Callable[[pl.LightningModule], None] | None = None
     data: Callable[[int], TensorDataset] = first_digits
+    validation: bool = False
     module: Callable[[], pl.LightningModule] | None = None
     loader: Callable[[int, int, int], DataLoader] | None = None
     datamodule: Callable[[], pl.LightningDataModule] | None = None
@@ -287,7 +292,8 @@ def train(
     }
     extra = settings.pop("callbacks", [])
     fit = pl.Trainer(callbacks=[*(row.recipes() if callbacks is None else callbacks), *extra], **settings)
-    fit.fit(module, batches(row, rank, world, batch), ckpt_path=ckpt_path)
+    validation = digits(rank, world, batch, data=row.data) if row.validation else None
+    fit.fit(module, batches(row, rank, world, batch), validation, ckpt_path=ckpt_path)
     return module, fit
 
 

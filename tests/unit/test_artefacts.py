@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_recipes.core.artefacts import Artefact, key_of
+from lightning_recipes.core.artefacts import Artefact, content_at, key_of
 from lightning_recipes.core.errors import RecipeError
 
 
@@ -154,3 +154,17 @@ def test_no_update_of_several_processes_is_lost(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert Artefact(tmp_path, "count", {}).load() == {"n": 60}
+
+
+def test_a_file_is_read_by_its_path_or_by_its_folder(tmp_path: Path) -> None:
+    first = Artefact(tmp_path, "scores", {"seed": 0})
+    with pytest.raises(RecipeError, match=r"the folder .* holds 0 files \(none\); name the one to read"):
+        content_at(tmp_path)
+    first.save({"x": 1})
+    first.keep({"x": 2})  # what is unfinished is none of them
+    assert content_at(tmp_path) == content_at(str(first.path)) == {"x": 1}
+    Artefact(tmp_path, "scores", {"seed": 1}).save({"x": 3})
+    with pytest.raises(RecipeError, match=r"holds 2 files \(scores-\w+\.pt, scores-\w+\.pt\); name the one"):
+        content_at(tmp_path)
+    with pytest.raises(RecipeError, match=r"there is no file .*nothing\.pt"):
+        content_at(tmp_path / "nothing.pt")

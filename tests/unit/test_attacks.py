@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lightning_recipes.callbacks import RobustAccuracyMonitor
-from lightning_recipes.core.attacks import Box, RobustAccuracy, clip, fgsm, pgd
+from lightning_recipes.core.attacks import (
+    Box,
+    RobustAccuracy,
+    apgd,
+    auto_pgd,
+    clip,
+    cross_entropy,
+    dlr,
+    fgsm,
+    momentum_pgd,
+    pgd,
+    runners_up,
+    targeted_dlr,
+)
 from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
@@ -232,3 +247,162 @@ def test_a_test_run_is_measured_too():
     trainer = quiet(callbacks=[RobustAccuracyMonitor(attack="fgsm")])
     trainer.test(Tests(), loader(x, y), verbose=False)
     assert "robust_accuracy/fgsm" in trainer.callback_metrics
+
+
+# -- auto-PGD ----------------------------------------------------------------------------------------------------------
+
+W5 = torch.tensor([[1.0, -2.0, 0.5], [-1.0, 0.0, 0.25], [0.5, 1.0, -1.0], [0.0, 0.5, 2.0], [0.2, 0.1, 0.3]])
+
+
+def five(x):
+    return x @ W5.T
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def net5(seed=0):
+    """A small network on which attacks have something to do: 12 pixels, 5 classes."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 5)).requires_grad_(False)
+    for part in (net[0], net[2]):
+        part.weight *= 3
+    return net
+
+
+def batch12(count=24, seed=1):
+    x = torch.rand(count, 12, generator=seeded(seed))
+    return x, net5()(x).argmax(1)
+
+
+def test_dlr_by_hand():
+    """z = (3, 1, 0, -1, 2): ranked 3, 2, 1, 0, -1; (1) - (3) is 2, (1) - ((3) + (4)) / 2 is 2.5."""
+    z = torch.tensor([[3.0, 1.0, 0.0, -1.0, 2.0]]).repeat(2, 1)
+    y = torch.tensor([0, 1])
+    assert dlr(z, y).tolist() == pytest.approx([-(3 - 2) / 2, -(1 - 3) / 2])
+    assert targeted_dlr(z, y, torch.tensor([2, 4])).tolist() == pytest.approx([-(3 - 0) / 2.5, -(1 - 2) / 2.5])
+    assert dlr(10 * z + 7, y).tolist() == pytest.approx(dlr(z, y).tolist())  # no scale, no shift
+    assert [t.tolist() for t in runners_up(z, 3)] == [[4, 4], [1, 1], [2, 2]]
+    assert torch.equal(dlr((z, "more"), y), dlr(z, y))
+
+
+def test_auto_pgd_finds_the_worst_point_of_a_linear_model():
+    found = auto_pgd(linear, X, Y, EPS, steps=10, generator=seeded())
+    assert torch.allclose(found.strongest, worst(), atol=1e-6)
+    assert torch.allclose(found.loss, F.cross_entropy(linear(worst()), Y, reduction="none"), atol=1e-6)
+    assert torch.equal(found.fooled, linear(worst()).argmax(1) != Y)  # a linear margin is least there
+    assert torch.equal(linear(found.fooling).argmax(1) != Y, found.fooled)
+    assert not found.strongest.requires_grad
+
+
+def test_apgd_gives_back_the_input_of_what_it_cannot_fool():
+    found = apgd(linear, X, Y, EPS, steps=10, generator=seeded())
+    fooled = linear(worst()).argmax(1) != Y
+    assert fooled.tolist() == [True, False, False]
+    assert torch.equal(found[1:], X[1:]) and linear(found)[0].argmax() != Y[0]
+
+
+def test_each_sample_has_its_own_radius():
+    radii = torch.tensor([0.0, 0.05, 0.3])
+    found = auto_pgd(linear, X, Y, radii, steps=8, generator=seeded())
+    assert torch.allclose(found.strongest, torch.stack([worst(eps=e)[i] for i, e in enumerate(radii)]), atol=1e-6)
+
+
+def test_targeted_apgd_goes_towards_every_next_class():
+    """The ratio of two linear functions is largest in a corner of the ball."""
+    x = torch.full((1, 3), 0.5)
+    y = five(x).argmax(1)
+    corners = x + 0.02 * torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    for target in runners_up(five(x), 4):
+        found = auto_pgd(five, x, y, 0.02, steps=20, loss=partial(targeted_dlr, target=target), generator=seeded())
+        of_corners = targeted_dlr(five(corners), y.expand(8), target.expand(8))
+        assert found.loss.item() == pytest.approx(of_corners.max().item(), abs=1e-5)
+    fooled = apgd(five, x, y, 0.5, steps=20, loss="targeted", targets=99, generator=seeded())
+    assert five(fooled).argmax(1) != y
+
+
+def test_points_keep_to_ball_and_box_in_normalised_inputs():
+    mean, std = [0.5, 0.2, 0.1], [0.5, 2.0, 0.1]
+    m, s = torch.tensor(mean), torch.tensor(std)
+    box, x = Box(mean, std), (X - m) / s
+    for attacked in (
+        auto_pgd(linear, x, Y, EPS, 15, box=box, generator=seeded()).strongest,
+        momentum_pgd(linear, x, Y, EPS, 15, 0.05, 0.5, box=box, generator=seeded()),
+    ):
+        pixels = attacked * s + m
+        assert torch.allclose(pixels, worst(), atol=1e-5)  # the weights see normalised inputs: the same directions
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_auto_pgd_needs_no_gradients_around_it(context):
+    net = net5()
+    outside = auto_pgd(net, *batch12(), 0.1, 6, generator=seeded())
+    with context():
+        x, y = (tensor.clone() for tensor in batch12())
+        inside = auto_pgd(net, x, y, 0.1, 6, generator=seeded())
+        last = momentum_pgd(net, x, y, 0.1, 3, 0.05, generator=seeded())
+    assert torch.equal(outside.strongest, inside.strongest)
+    assert ((last - batch12()[0]).abs() <= 0.1 + 1e-6).all()
+
+
+def test_half_precision_inputs_are_attacked_in_fp32():
+    x, y = batch12()
+    found = auto_pgd(lambda at: net5()(at).bfloat16(), x.bfloat16(), y, 0.1, 4, generator=seeded())
+    assert found.strongest.dtype == found.loss.dtype == torch.float32
+
+
+def test_the_global_random_state_and_the_network_are_left_alone():
+    net, (x, y) = net5().requires_grad_(), batch12()
+    state = torch.get_rng_state()
+    apgd(net, x, y, 0.1, 3, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), state) and net[0].weight.grad is None
+
+
+def test_losses_that_need_more_classes_say_so():
+    with pytest.raises(RecipeError, match="on the targeted loss needs 4 classes; there are 2"):
+        apgd(linear, X, Y, EPS, loss="targeted")
+    with pytest.raises(RecipeError, match="on the dlr loss needs 3 classes; there are 2"):
+        apgd(linear, X, Y, EPS, loss="dlr")
+
+
+def test_momentum_pgd_by_hand():
+    """Two steps from a start of radius 0: the first goes along dL/dx, the second along dL/dx + 0.5 dL/dx before."""
+    net, (x, y) = net5(), batch12(4)
+
+    def gradient(at):
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(net(at), y, reduction="sum"), at)[0]
+
+    start = x + (torch.rand(x.shape, generator=seeded()) * 2 - 1) * 0.2
+    start = start.clamp(0, 1)
+    first = gradient(start)
+    then = torch.minimum(torch.maximum(start + 0.05 * first.sign(), x - 0.2), x + 0.2).clamp(0, 1)
+    second = gradient(then) + 0.5 * first
+    by_hand = torch.minimum(torch.maximum(then + 0.05 * second.sign(), x - 0.2), x + 0.2).clamp(0, 1)
+    found = momentum_pgd(net, x, y, 0.2, 2, 0.05, 0.5, generator=seeded())
+    assert torch.allclose(found, by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted"])
+def test_auto_pgd_is_its_authors(loss):
+    """The same start, and 30 steps: three checks of the step size among them."""
+    authors = pytest.importorskip("pyautoattack.autopgd_base")
+    net, (x, y) = net5(), batch12()
+    target = runners_up(net(x), 1)[0]
+    if loss == "targeted":
+        theirs = authors.APGDAttack_targeted(net, n_iter=30, eps=0.08, device="cpu")
+        theirs.loss, theirs.y_target = "dlr-targeted", target
+        ours = partial(targeted_dlr, target=target)
+    else:
+        theirs = authors.APGDAttack(net, n_iter=30, eps=0.08, loss=loss, device="cpu")
+        ours = {"ce": cross_entropy, "dlr": dlr}[loss]
+    theirs.init_hyperparam(x)
+    torch.manual_seed(3)
+    strongest, right, value, fooling = theirs.attack_single_run(x, y)
+    found = auto_pgd(net, x, y, 0.08, 30, ours, generator=seeded(3))
+    assert torch.allclose(found.strongest, strongest, atol=1e-6)
+    assert torch.allclose(found.loss, value, atol=1e-6)
+    assert torch.equal(found.fooled, ~right)
+    assert torch.allclose(found.fooling, fooling, atol=1e-6)
+    assert 0 < found.fooled.sum() < len(x)

@@ -105,6 +105,18 @@ def test_outputs_are_replaced_for_callers_seen_by_watchers_and_given_back() -> N
     assert "forward" not in vars(module) and len(seen) == 2
 
 
+def test_something_else_may_run_instead_of_the_forward() -> None:
+    module, x, ran = Classifier(), torch.rand(2, 6), []
+    module.net.register_forward_hook(lambda *args: ran.append(1))
+    stop = replace_outputs(module, "One", None, instead=lambda x: -x)
+    assert torch.equal(module(x), -x) and not ran
+    with pytest.raises(RecipeError, match="One and Other both replace the outputs"):
+        replace_outputs(module, "Other", lambda logits, args, kwargs: logits)
+    stop()
+    module(x)
+    assert ran and "forward" not in vars(module)
+
+
 def test_only_logits_are_acted_upon() -> None:
     z = torch.rand(2, 3)
     assert logits_in(z) is z and logits_in({"logits": z, "loss": 1}) is z

@@ -57,7 +57,7 @@ def same_noise(monkeypatch):
         monkeypatch.setattr(torch, "rand_like", lambda x, **dtype: torch.rand(x.shape, generator=generator))
         draws = random.Random(1)
         monkeypatch.setattr(loops, "random", draws)
-        monkeypatch.setattr(torch, "randperm", lambda count: torch.tensor(draws.sample(range(count), count)))
+        monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.tensor(draws.sample(range(count), count)))
 
     def mix_by_hand(mixing, recipe, step, x):
         alpha = getattr(recipe, "mixup_alpha", recipe.alpha)
@@ -105,7 +105,9 @@ def test_the_loop_by_hand_ends_with_the_weights_of_the_recipe(name, same_noise, 
     module, recipes, adapters = ImageClassifier(copy.deepcopy(start), optimizer=case.optimizer), case.recipes(), []
     same_noise()
     watch = first_adapters(recipes, adapters)
-    quiet(callbacks=[*recipes, watch], max_epochs=case.epochs).fit(module, data())
+    steps = max(STEPS, case.least // BATCH)
+    validation = data() if case.validates else None
+    quiet(callbacks=[*recipes, watch], max_epochs=case.epochs).fit(module, data(steps), validation)
 
     with_lora = loops.with_lora
 
@@ -120,7 +122,7 @@ def test_the_loop_by_hand_ends_with_the_weights_of_the_recipe(name, same_noise, 
     by_hand = copy.deepcopy(start)
     same_noise()
     torch.manual_seed(0)  # what a recipe's seed gives the parts that it makes
-    case.loop(by_hand, data(), loops.nullcontext)
+    case.loop(by_hand, data(steps), loops.nullcontext)
 
     expected, found, before = module.net.state_dict(), folded(by_hand), start.state_dict()
     expected = {key.removeprefix("base."): value for key, value in expected.items()}  # a kept ensemble's

@@ -205,3 +205,19 @@ def test_a_file_that_does_not_fit(tmp_path):
 
 def test_it_says_what_its_first_layer_is():
     assert built(NORMED, pretrained=False).describe() == "Normed, whose Linear '0' has weights [6, 6]"
+
+
+def test_while_it_is_held_it_is_frozen_and_an_attack_goes_through_it() -> None:
+    source = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    source[2].bias.requires_grad_(False)
+    companion = Companion(source)
+    companion.build()
+    x = torch.rand(5, 3, requires_grad=True)
+    with companion.held():
+        assert not any(p.requires_grad for p in source.parameters()) and not source.training
+        assert not companion(x).requires_grad
+        (gradient,) = torch.autograd.grad(companion.attend(x).sum(), x)
+        by_hand = (source[2].weight @ source[0].weight).sum(0).expand(5, 3)
+        assert torch.allclose(gradient, by_hand, atol=1e-6)
+    assert [p.requires_grad for p in source.parameters()] == [True, True, True, False] and source.training
+    assert len(companion.hash) == 64

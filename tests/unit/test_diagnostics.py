@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_recipes.callbacks import ExactResume
 from lightning_recipes.core.batch import size_of
-from lightning_recipes.core.diagnostics import Budget, Moments, Monitor, draw_curves, log_text
+from lightning_recipes.core.diagnostics import Budget, Moments, Monitor, draw_curves, draw_images, is_picture, log_text
 from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, quiet, samples
 
@@ -128,7 +128,7 @@ def test_what_the_budget_does_not_allow_is_left_out_and_said(caplog: pytest.LogC
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         fit(monitor, epochs=2)
     assert monitor.history.steps == [2, 4, 6, 8]
-    assert monitor.skipped == [0, 1, 3, 5, 7]
+    assert monitor.left_out == 5
     assert monitor.spent == pytest.approx(24 / 96)
     assert "5 of 9 measurements were left out for budget=0.25, at steps 0, 1, 3, 5, 7." in monitor.verdict
     assert monitor.verdict in caplog.text
@@ -161,7 +161,7 @@ def test_a_resumed_run_measures_and_skips_what_the_whole_run_did(at: int, tmp_pa
         Classifier(), loader(X, Y, size=4), ckpt_path=str(tmp_path / f"step={at}.ckpt")
     )
     assert resumed.state() == whole.state()
-    assert whole.skipped and whole.history.steps
+    assert whole.left_out and whole.history.steps
     assert resumed.verdict == whole.verdict
 
 
@@ -237,3 +237,15 @@ def test_curves_are_drawn_with_bands_on_a_log_axis(tmp_path: Any) -> None:
         log_x=True,
     )
     assert path.stat().st_size > 1000
+
+
+def test_images_are_drawn_in_rows_whatever_their_channels_and_values(tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    grey, colour, normalised = torch.rand(8, 8), torch.rand(3, 8, 8), 5 * torch.randn(1, 8, 8)
+    rows = {"first": [(grey, "one"), (colour, "two"), (normalised, "three")], "second": [(colour, "four")], "none": []}
+    path = draw_images(tmp_path / "there" / "images.png", rows, "a title")
+    assert path is not None and path.stat().st_size > 5000
+    assert draw_images(tmp_path / "nothing.png", {"none": []}, "a title") is None
+    assert not (tmp_path / "nothing.png").exists()
+    assert is_picture(grey) and is_picture(colour) and not is_picture(torch.rand(6)) and not is_picture("an image")
+    assert not is_picture(torch.rand(4, 8, 8))

@@ -220,7 +220,7 @@ def test_a_parameter_that_no_layer_draws_is_an_error():
             self.stem.token = nn.Parameter(torch.zeros(3))
             self.head = nn.Linear(3, 10)
 
-    says = r"branch: Module cannot draw its parameter 'stem.token' anew .*; give a function that builds the branch"
+    says = r"branch: Module cannot draw its parameter 'stem.token' anew .*; give a function that builds the network"
     with pytest.raises(RecipeError, match=says):
         DualInputOutput(Token())
     DualInputOutput(Token)  # builds two

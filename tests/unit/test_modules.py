@@ -33,6 +33,7 @@ from lightning_recipes.modules import (
     aurc,
     harmonic_mean,
 )
+from lightning_recipes.modules.image_classifier import build_net
 
 DATA = os.environ.get("LIGHTNING_RECIPES_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="LIGHTNING_RECIPES_DATA is not set")
@@ -83,6 +84,14 @@ def test_cifar_resnet_shortcut_pads_both_sides():
     out = block(x)
     assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
     assert out[:, :8].abs().max() == 0 and out[:, 24:].abs().max() == 0
+
+
+def test_cifar_resnet18_keeps_the_resolution_of_small_images():
+    net = build_net("cifar_resnet18", 10)
+    assert sum(p.numel() for p in net.parameters()) == 11_173_962
+    x = torch.rand(2, 3, 32, 32)
+    assert net.layer1(net.maxpool(net.conv1(x))).shape == (2, 64, 32, 32)
+    assert net(x).shape == (2, 10) and build_net("cifar_resnet18", 4, 1)(x[:, :1]).shape == (2, 4)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])
@@ -368,10 +377,12 @@ OFFLINE = [
     "rotated_digits_vit",
     "digits_few_shot",
     "digits_long_tailed",
+    "digits_unlearnable",
     "class_incremental_digits",
     "char_lm",
     "text_classifier",
 ]
+LESS = {"digits_unlearnable": ["--data.init_args.steps=2", "--data.init_args.surrogate_epochs=1"]}
 FEW_STEPS = [
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
@@ -403,8 +414,9 @@ def test_every_base_config_is_named_here():
 
 
 @pytest.mark.parametrize("name", OFFLINE)
-def test_base_config_trains(name):
-    result = cli("fit", f"--config={CONFIGS}/{name}.yaml", *FEW_STEPS)
+def test_base_config_trains(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    result = cli("fit", f"--config={CONFIGS}/{name}.yaml", *LESS.get(name, []), *FEW_STEPS)
     assert result.trainer.global_step == 2
     assert "train/loss" in result.trainer.callback_metrics
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from lightning_recipes.callbacks import ExactResume
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.phases import Phase, PhasePlan
+from lightning_recipes.core.prepare import Session
 from lightning_recipes.core.recipe import Recipe
 from tests.stock import Classifier, Watch, loader, quiet, same, samples, weights
 
@@ -166,6 +167,41 @@ def test_a_phase_without_an_epoch_is_refused():
 def test_two_plans_are_refused():
     with pytest.raises(RecipeError, match="InPhases and InPhases2 both cut the fit into phases; use one of them"):
         fit(Scheduled(), Parts(), InPhases(5), InPhases2(5))
+
+
+class MovesOn(Parts):
+    """Cuts the fit by itself, with or without a recipe."""
+
+    def setup(self, stage):
+        if stage == "fit":
+            Session.of(self.trainer, self.trainer.lightning_module)
+
+    def phase_plan(self):
+        return PhasePlan([Phase("first", 2), Phase("second", 3)], lambda index: setattr(self, "part", index))
+
+    def teardown(self, stage):
+        Session.close_of(self.trainer)
+
+    def on_exception(self, exception):
+        Session.close_after_exception(self.trainer, exception)
+
+
+def test_a_data_module_may_cut_the_fit_as_a_recipe_does():
+    by_recipe, by_data, data = Scheduled(), Scheduled(), MovesOn()
+    by_data.load_state_dict(by_recipe.state_dict())
+    fit(by_recipe, Parts(), InPhases(2, 3))
+    fit(by_data, data)
+    assert same(weights(by_recipe), weights(by_data)) and data.asked == [0, 1]
+    assert by_data.told == by_recipe.told
+    assert "configure_optimizers" not in vars(by_data)
+    with pytest.raises(RecipeError, match="MovesOn and InPhases both cut the fit into phases; use one of them"):
+        fit(by_data, MovesOn(), InPhases(5))
+    with pytest.raises(RecipeError, match=r"MovesOn: the phases take 5 epochs .* is 4; set max_epochs=5"):
+        fit(by_data, MovesOn(), epochs=4)
+    assert "configure_optimizers" not in vars(by_data), "also when the fit was refused"
+    by_data.automatic_optimization = False
+    with pytest.raises(RecipeError, match="MovesOn cuts the fit into phases and needs automatic optimization"):
+        fit(by_data, MovesOn())
 
 
 def test_manual_optimization_is_refused():

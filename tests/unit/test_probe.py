@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.features import Taps
-from lightning_recipes.core.probe import encode, training_samples
+from lightning_recipes.core.probe import encode, reads_anew, samples_of, training_samples
 from tests.stock import Classifier, Watch, in_two_ranks, mlp, quiet, same, samples, weights
 
 X, Y = samples(14)
@@ -156,3 +156,39 @@ def test_two_ranks_share_the_work_and_both_get_all_of_it_in_order(tmp_path):
         features, targets = torch.load(tmp_path / f"rank{rank}.pt")
         assert torch.equal(targets, Y)
         assert torch.allclose(features, expected, atol=1e-6)
+
+
+class PartOfPlain(Plain):
+    """A part of a part of the training set is shown."""
+
+    def train_dataloader(self):
+        return DataLoader(Subset(Subset(Noisy(X, Y), [9, 3, 5, 1]), [2, 0]), 2)
+
+
+def test_of_a_part_of_the_training_set_the_plain_samples_are_read():
+    found = []
+    look = Watch(on_train_start=lambda trainer, module: found.append(list(training_samples(trainer))))
+    quiet(callbacks=[look]).fit(Classifier(), datamodule=PartOfPlain())
+    (((x, y), share),) = found[0]
+    assert torch.equal(x, X[[5, 9]]) and torch.equal(y, Y[[5, 9]]) and share == [0, 1]
+
+
+def test_a_random_transform_is_seen_and_leaves_no_trace():
+    class Own(TensorDataset):
+        def __init__(self):
+            super().__init__(X, Y)
+            self.own = torch.Generator().manual_seed(1)
+
+        def __getitem__(self, index):
+            return X[index] + torch.rand((), generator=self.own), Y[index]
+
+    own = Own()
+    states = torch.get_rng_state(), own.own.get_state()
+    assert reads_anew(Noisy(X, Y)) and reads_anew(own) and not reads_anew(TensorDataset(X, Y))
+    assert torch.equal(states[0], torch.get_rng_state()) and torch.equal(states[1], own.own.get_state())
+
+
+def test_samples_are_read_in_batches_of_the_callers_own():
+    data = DataLoader(TensorDataset(X, Y), 4, num_workers=1)
+    samples = samples_of(data, batch_size=5, num_workers=0)
+    assert [len(x) for (x, _), _ in samples] == [5, 5, 4] and samples.loader.num_workers == 0

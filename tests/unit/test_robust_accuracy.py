@@ -36,7 +36,7 @@ def data() -> Any:
 
 
 @pytest.mark.parametrize("inference_mode", [True, False])
-@pytest.mark.parametrize(("attack", "name"), [("fgsm", "fgsm"), ("pgd", "pgd-7-2")])
+@pytest.mark.parametrize(("attack", "name"), [("fgsm", "fgsm"), ("pgd", "pgd-7-2"), ("apgd", "apgd-7-2")])
 def test_a_linear_models_robust_accuracy_is_its_margins(attack: Any, name: str, inference_mode: bool) -> None:
     """A bound of 0.22 fells exactly the four samples nearer than that; on a linear model both attacks are exact."""
     monitor = RobustAccuracyMonitor(attack, epsilon=0.22, steps=7, restarts=2)
@@ -44,6 +44,35 @@ def test_a_linear_models_robust_accuracy_is_its_margins(attack: Any, name: str, 
     (values,) = trainer.validate(module, data(), verbose=False)
     assert values["robust_accuracy/clean"] == 1.0
     assert values[f"robust_accuracy/{name}"] == 0.5
+
+
+class ByHand(Linear):
+    """Takes its optimizer steps itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        raise AssertionError("to look is not to train")
+
+
+def test_a_module_that_optimizes_manually_is_attacked_by_its_forward_and_never_trained() -> None:
+    for part, inference_mode in (("forward", True), ("net", False)):
+        monitor = RobustAccuracyMonitor("apgd", epsilon=0.22, steps=7, restarts=1, forward=part)
+        trainer = quiet(callbacks=[monitor], inference_mode=inference_mode)
+        (values,) = trainer.validate(ByHand(), data(), verbose=False)
+        assert values["robust_accuracy/clean"] == 1.0
+        assert values["robust_accuracy/apgd-7-1"] == 0.5
+    with pytest.raises(RecipeError, match="RobustAccuracyMonitor: ByHand optimizes manually: its training step would"):
+        quiet(callbacks=[RobustAccuracyMonitor("fgsm")]).validate(ByHand(), data(), verbose=False)
+    with pytest.raises(RecipeError, match="forward must be 'forward' or the name of a submodule"):
+        quiet(callbacks=[RobustAccuracyMonitor(forward="body")]).validate(ByHand(), data(), verbose=False)
+
+
+def test_targeted_auto_pgd_needs_four_classes() -> None:
+    with pytest.raises(RecipeError, match="on the targeted loss needs 4 classes; there are 2"):
+        quiet(callbacks=[RobustAccuracyMonitor("apgd-t", steps=2)]).validate(Linear(), data(), verbose=False)
 
 
 def test_autoattack_finds_the_same(tmp_path: Path) -> None:

@@ -169,6 +169,22 @@ def test_a_subset_of_a_subset_has_the_ids_of_the_data_set_below() -> None:
     right(ids)
 
 
+class WithLabels(Subset):
+    labels = (0, 1)
+
+
+class ByRulesOfItsOwn(Subset):
+    def __getitems__(self, indices: list[int]) -> Any:
+        return super().__getitems__([len(self) - 1 - index for index in indices])
+
+
+def test_a_kind_of_subset_is_seen_through_unless_it_reads_by_rules_of_its_own() -> None:
+    ids = fit(DataLoader(WithLabels(Named(), [12, 3]), 2), epochs=1)
+    assert ids.ids.total == N and [found for found, _ in ids.seen] == [[12, 3]]
+    ids = fit(DataLoader(ByRulesOfItsOwn(Named(), [12, 3]), 2), epochs=1)
+    assert ids.ids.total == 2 and [found for found, _ in ids.seen] == [[0, 1]]
+
+
 def test_several_data_sets_in_one_count_on() -> None:
     ids = fit(DataLoader(ConcatDataset([Named(X[:5]), Named(X[5:9])]), 3), epochs=1)
     assert [found for found, _ in ids.seen] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]

@@ -221,7 +221,8 @@ class SLCA(StepRecipe):
         **dict.fromkeys(("BoostedHead", "ProjectionHead", "CosineHead", "RidgeRefit"), "both own the head"),
     }
     comes_after: ClassVar[Mapping[str, str]] = {
-        "LogitAdjustment": "logits are adjusted first, then those outside the task are masked"
+        "LogitAdjustment": "logits are adjusted first, then those outside the task are masked",
+        "PruneTrainSet": "the whole training set is pruned, then cut into tasks",
     }
     owns_training_set = True
 

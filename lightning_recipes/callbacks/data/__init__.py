@@ -1,1 +1,1 @@
-"""Recipes on the data themselves: how hard they are to learn from, and which are worth it."""
+"""Recipes that choose, score or change what is trained on."""

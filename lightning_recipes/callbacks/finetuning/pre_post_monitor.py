@@ -31,25 +31,9 @@ from lightning_recipes.core.probe import (
     validation_samples,
 )
 from lightning_recipes.core.recipe import Recipe
+from lightning_recipes.core.spectrum import effective_rank
 from lightning_recipes.core.step import observe
 from lightning_recipes.modules.projection import PAPER, FixedReweighting, path_of_head
-
-
-def effective_rank(x: Tensor) -> Tensor:
-    """exp of the entropy of the shares that the principal components have of the variance; between 1 and p.
-
-    Args:
-        x: features ``[n, p]``.
-
-    Returns:
-        a scalar in fp64; 1 for features that do not vary.
-    """
-    x = x.double()
-    x = x - x.mean(0)
-    small = x.mT @ x if x.shape[1] <= x.shape[0] else x @ x.mT
-    variance = torch.linalg.eigvalsh(small).clamp_min(0)
-    share = variance / variance.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.special.entr(share).sum().exp()
 
 
 class PrePostMonitor(Recipe):

@@ -1,8 +1,12 @@
-"""Robust accuracy during anybody's training: FGSM, PGD with restarts, AutoAttack.
+"""Robust accuracy during anybody's training: FGSM, PGD with restarts, Auto-PGD, AutoAttack.
 
 The protocol of fast adversarial training's evaluation: Wong, Rice, Kolter, "Fast is better than free", 2020
 (https://arxiv.org/abs/2001.03994); PGD-50-10 is 10 restarts of 50 steps of epsilon / 4. AutoAttack: Croce and Hein,
-2020 (https://arxiv.org/abs/2003.01690), through pyautoattack (the `attacks` extra).
+2020 (https://arxiv.org/abs/2003.01690), through pyautoattack (the `attacks` extra); its first two parts, Auto-PGD on
+the cross-entropy and on targeted DLR, need nothing installed.
+
+What is attacked is the module as it evaluates: where another recipe replaces its outputs (AdaptiveSmoothing), the whole
+of what they come from.
 """
 
 from __future__ import annotations
@@ -17,16 +21,19 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_recipes.core.attacks import Box, Logits, RobustAccuracy, fgsm, pgd
+from lightning_recipes.core.attacks import Box, Logits, RobustAccuracy, apgd, fgsm, pgd
 from lightning_recipes.core.batch import get_input, with_input
 from lightning_recipes.core.diagnostics import History, where_to_draw
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
+from lightning_recipes.core.labels import labels_in
+from lightning_recipes.core.outputs import logits_in, part_of
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.random import forked, generator
 from lightning_recipes.core.recipe import Paper, Recipe
 from lightning_recipes.core.silence import gradients_allowed
 from lightning_recipes.core.step import observe
 
+ATTACKS = ("fgsm", "pgd", "apgd", "apgd-t", "autoattack")
 _NEEDS_EXTRA = "attack='autoattack' needs pyautoattack: pip install 'lightning_recipes[attacks]'"
 
 
@@ -70,15 +77,19 @@ class RobustAccuracyMonitor(Recipe):
     both over training at the end of a fit.
 
     Args:
-        attack: 'fgsm', 'pgd' or 'autoattack' (the `attacks` extra).
+        attack: 'fgsm', 'pgd', 'apgd' (Auto-PGD on the cross-entropy), 'apgd-t' (on targeted DLR, for each of the nine
+            next-likeliest classes; 4 classes or more), or 'autoattack' (the `attacks` extra).
         epsilon: radius in pixel units of a [0, 1] image.
-        steps, restarts, step_size: of 'pgd'; step_size None is epsilon / 4.
+        steps, restarts: of 'pgd', 'apgd' and 'apgd-t'.
+        step_size: of 'pgd'; None is epsilon / 4.
         mean, std, input_range: where the network's inputs live, as for AAER.
         every_n_epochs: measure in every n-th training epoch.
         limit_batches: attack the first so many batches only; None all.
         criterion: which loss of the module's training step to observe, where it cannot be found.
         draw: save a picture in the run's log folder at the end of a fit (needs the `plots` extra).
         seed: of the random starts.
+        forward: None reads the logits in the module's training step, whatever it does with the batch. 'forward', or the
+            name of a submodule, calls that on the batch's input instead: for a module that optimizes manually.
 
     Raises:
         RecipeError: for bad arguments; in a fit's sanity check, or else in the first validation or test, for inputs
@@ -100,7 +111,7 @@ class RobustAccuracyMonitor(Recipe):
 
     def __init__(
         self,
-        attack: Literal["fgsm", "pgd", "autoattack"] = "pgd",
+        attack: Literal["fgsm", "pgd", "apgd", "apgd-t", "autoattack"] = "pgd",
         epsilon: float = 8 / 255,
         steps: int = 50,
         restarts: int = 10,
@@ -113,9 +124,10 @@ class RobustAccuracyMonitor(Recipe):
         criterion: str | int | None = None,
         draw: bool = True,
         seed: int = 0,
+        forward: str | None = None,
     ) -> None:
         super().__init__()
-        check_argument(attack in ("fgsm", "pgd", "autoattack"), self, "attack", attack, "'fgsm', 'pgd' or 'autoattack'")
+        check_argument(attack in ATTACKS, self, "attack", attack, f"one of {', '.join(map(repr, ATTACKS))}")
         check_argument(
             0 < epsilon <= 1 or (mean is None and epsilon > 0), self, "epsilon", epsilon, "in (0, 1] pixel units"
         )
@@ -132,7 +144,7 @@ class RobustAccuracyMonitor(Recipe):
         )
         self.mean, self.std, self.input_range = mean, std, tuple(input_range)
         self.every_n_epochs, self.limit_batches, self.criterion = every_n_epochs, limit_batches, criterion
-        self.draw, self.seed = draw, seed
+        self.draw, self.seed, self.forward = draw, seed, forward
         with speaking_for(self):
             self._box = Box(mean, std, self.input_range)
         self._history = History()
@@ -144,11 +156,13 @@ class RobustAccuracyMonitor(Recipe):
 
     @property
     def _name(self) -> str:
-        return f"pgd-{self.steps}-{self.restarts}" if self.attack == "pgd" else self.attack
+        return f"{self.attack}-{self.steps}-{self.restarts}" if "pgd" in self.attack else self.attack
 
     def declare(self, plan: Plan) -> None:
         if self.attack == "autoattack" and find_spec("pyautoattack") is None:
             raise RecipeError(_NEEDS_EXTRA)
+        if self.forward is not None:
+            part_of(plan.module, self.forward)
         if plan.fitting and not plan.trainer.enable_validation:
             rank_zero_warn("RobustAccuracyMonitor measures in validations, and this fit has none")
 
@@ -186,18 +200,23 @@ class RobustAccuracyMonitor(Recipe):
                 # An attack may ask for a part of the batch; the module's step wants as many inputs as labels.
                 return see(torch.cat([inputs, x[len(inputs) :]])).logits[: len(inputs)]
 
-            clean = see(x)
-            if not clean.call.classifies or clean.logits.dim() != 2 or len(clean.logits) != len(x):
-                raise RecipeError(
-                    "needs a classification loss of logits [n, classes]; the observed one got"
-                    f" {tuple(clean.logits.shape)} for {len(x)} inputs"
-                )
+            if self.forward is not None:
+                logits = _Forward(pl_module, self.forward, x.dtype)
+                found, y = logits(x), _labels(batch, len(x))
+            else:
+                clean = see(x)
+                if not clean.call.classifies or clean.logits.dim() != 2 or len(clean.logits) != len(x):
+                    raise RecipeError(
+                        "needs a classification loss of logits [n, classes]; the observed one got"
+                        f" {tuple(clean.logits.shape)} for {len(x)} inputs"
+                    )
+                found = clean.logits
+                y = clean.targets if not clean.targets.is_floating_point() else clean.targets.argmax(1)
             if trainer.sanity_checking:
                 return
-            y = clean.targets if not clean.targets.is_floating_point() else clean.targets.argmax(1)
             self._robust.attack = self._attack(batch_idx, trainer)
             self._robust.update(logits, x, y)
-            self._clean.update(lambda _: clean.logits, x, y)
+            self._clean.update(lambda _: found, x, y)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._active:
@@ -224,12 +243,14 @@ class RobustAccuracyMonitor(Recipe):
             return partial(fgsm, epsilon=self.epsilon, box=self._box)
         if self.attack == "autoattack":
             return partial(auto_attack, epsilon=self.epsilon, box=self._box, seed=self.seed)
+        how = partial(pgd, step_size=self.step_size)
+        if self.attack != "pgd":
+            how = partial(apgd, loss="targeted" if self.attack == "apgd-t" else "ce")
         return partial(
-            pgd,
+            how,
             epsilon=self.epsilon,
             steps=self.steps,
             restarts=self.restarts,
-            step_size=self.step_size,
             box=self._box,
             generator=generator(self.seed, "RobustAccuracyMonitor", batch_idx, trainer.global_rank),
         )
@@ -239,6 +260,26 @@ class RobustAccuracyMonitor(Recipe):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._history.load(state["history"])
+
+
+class _Forward:
+    """Inputs to logits by the module's forward, or a part's."""
+
+    def __init__(self, module: pl.LightningModule, name: str, dtype: torch.dtype) -> None:
+        self.part, self.name, self.dtype = part_of(module, name), name, dtype
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        logits = logits_in(self.part(inputs.to(self.dtype)))
+        if logits is None or len(logits) != len(inputs):
+            raise RecipeError(f"forward={self.name!r} gives no logits [n, classes] for the batch's input")
+        return logits
+
+
+def _labels(batch: Any, count: int) -> Tensor:
+    labels = labels_in(batch)
+    if not isinstance(labels, Tensor) or labels.shape != (count,) or labels.is_floating_point():
+        raise RecipeError("with forward=... the batch must hold class indices: second, or under 'labels' or 'targets'")
+    return labels
 
 
 def _leave_inference(batch: Any) -> Any:

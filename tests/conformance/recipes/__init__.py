@@ -4,9 +4,10 @@ A file has ``ROWS``, the settings over which every guarantee is checked; ``MEMBE
 small network, for the pairs; ``REFUSED``, pairs of class names that are refused, with words that the error must have;
 ``OTHER``, another value of one argument of each class, for a resume; ``AUTOMATIC`` and ``SURGERY``, names of classes
 that need automatic optimization and that change the network's structure; ``DATA``, for a class that needs data of its
-own, what they are (as in a row); ``NETWORK``, for one that cannot run on the small vision transformer, what makes
-another on which the other members run too; ``misuses()``, everything that can be done
-wrong; and ``cannot_attach(row)``, the row on a module that it cannot take. What a card does not have is left out.
+own, what they are (as in a row); ``VALIDATES``, names of classes that need validation data; ``NETWORK``, for one that
+cannot run on the small vision transformer, what makes another on which the other members run too; ``misuses()``,
+everything that can be done wrong; and ``cannot_attach(row)``, the row on a module that it cannot take. What a card does
+not have is left out.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ AUTOMATIC: list[str] = [name for card in CARDS for name in getattr(card, "AUTOMA
 SURGERY: list[str] = [name for card in CARDS for name in getattr(card, "SURGERY", [])]
 DATA: dict[str, Callable[[int], TensorDataset]] = _all("DATA")
 NETWORK: dict[str, Callable[[], nn.Module]] = _all("NETWORK")
+VALIDATES: list[str] = [name for card in CARDS for name in getattr(card, "VALIDATES", [])]
 MISUSES: list[Misuse] = [each for card in CARDS if hasattr(card, "misuses") for each in card.misuses()]
 CANNOT_ATTACH: list[Misuse] = [
     each for card in CARDS if hasattr(card, "cannot_attach") for row in card.ROWS for each in card.cannot_attach(row)
@@ -102,7 +104,14 @@ def _together(names: Sequence[str]) -> Row:
         waiting.remove(ordered[-1])
     data = next((DATA[_class(name)] for name in ordered if _class(name) in DATA), first_digits)
     network = next((NETWORK[_class(name)] for name in ordered if _class(name) in NETWORK), small_vit)
-    return Row(" + ".join(ordered), lambda: [MEMBERS[name]() for name in ordered], network=network, data=data)
+    validation = any(_class(name) in VALIDATES for name in ordered)
+    return Row(
+        " + ".join(ordered),
+        lambda: [MEMBERS[name]() for name in ordered],
+        network=network,
+        data=data,
+        validation=validation,
+    )
 
 
 def _refusal(a: str, b: str) -> str | None:

@@ -22,11 +22,12 @@ from tests.conformance.misuse import (
     Y,
     argument,
     frozen,
+    manual,
     sees_no_loss,
     with_net,
 )
 from tests.conformance.table import Row
-from tests.stock import loader, mlp
+from tests.stock import Classifier, loader, mlp
 
 
 def _monitor() -> RobustAccuracyMonitor:
@@ -183,7 +184,7 @@ def of_monitor() -> list[Misuse]:
         Misuse, "RobustAccuracyMonitor", validation=lambda: loader(X, Y), trainer={"num_sanity_val_steps": 1}
     )
     return [
-        argument(monitor, "attack must be 'fgsm', 'pgd' or 'autoattack'; got 'cw'", attack="cw"),
+        argument(monitor, "attack must be one of 'fgsm', 'pgd', 'apgd', 'apgd-t', 'autoattack'; got 'cw'", attack="cw"),
         argument(monitor, r"epsilon must be in \(0, 1\] pixel units; got 0\.0", epsilon=0.0),
         argument(monitor, r"epsilon must be in \(0, 1\] pixel units; got 8", epsilon=8, mean=[0.5], std=[0.5]),
         argument(monitor, "steps must be at least 1; got 0", steps=0),
@@ -211,6 +212,24 @@ def of_monitor() -> list[Misuse]:
             lambda: [monitor("fgsm", 0.1, mean=[0.5], std=[0.5])],
         ),
         batch("a regression", r"needs a classification loss of logits \[n, classes\]", fgsm, Regression),
+        batch(
+            "a module that optimizes manually",
+            "Classifier optimizes manually: its training step would train, so that it cannot be looked at",
+            fgsm,
+            manual(),
+        ),
+        batch(
+            "a forward that gives no logits",
+            r"forward='net\.0' gives no logits \[n, classes\] for the batch's input",
+            lambda: [monitor("fgsm", 0.1, forward="net.0")],
+            lambda: Classifier(nn.Sequential(nn.Sequential(nn.Linear(6, 3), nn.Unflatten(1, (3, 1))), nn.Flatten())),
+        ),
+        Misuse(
+            "RobustAccuracyMonitor",
+            "a part that is not there",
+            "forward must be 'forward' or the name of a submodule of Classifier",
+            lambda: [monitor(forward="body")],
+        ),
         Misuse(
             "RobustAccuracyMonitor",
             "AutoAttack without its package",

@@ -1,4 +1,4 @@
-"""The commands that reproduce a paper go through, and what they have written is whole."""
+"""The command that reproduces the lightweight CNN goes through, and what it has written is whole."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Recipes that watch a run and say what it is up to."""
