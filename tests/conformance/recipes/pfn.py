@@ -98,5 +98,5 @@ def misuses() -> list[Misuse]:
         ),
         argument(InContextPrediction, r"interval must be in \(0, 1\); got 1\.5", interval=1.5),
         argument(InContextPrediction, "chunk_size must be None or at least 1; got 0", chunk_size=0),
-        argument(InContextPrediction, r"context must be None or \(x, y\); got list", context=[torch.zeros(2, 1)]),
+        argument(InContextPrediction, r"context must be None or \(x, y\); got 'list'", context=[torch.zeros(2, 1)]),
     ]
