@@ -8,7 +8,8 @@ measured at 120, and the curves at the card's times.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import repeat
 from statistics import mean
 from typing import Any
 
@@ -39,6 +40,19 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "alpha 2": {"alpha": 2.0},
     "alpha 1, stopped": {"alpha": 1.0, "stop": True},
 }
+
+
+class Again:
+    """One batch so many times in an epoch."""
+
+    def __init__(self, batch: tuple[Tensor, ...], times: int) -> None:
+        self.batch, self.times = batch, times
+
+    def __len__(self) -> int:
+        return self.times
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return repeat(self.batch, self.times)
 
 
 class Path(pl.Callback):
@@ -93,7 +107,7 @@ def path(
             trainer.fit(module, datamodule=data)
         else:  # the same steps in one epoch, in a fifth of the time
             data.setup()
-            trainer.fit(module, [data.train_set.tensors] * steps)
+            trainer.fit(module, Again(data.train_set.tensors, steps))
     return watch.errors
 
 
