@@ -2,7 +2,8 @@
 
 The card asks for overtraining at alpha = 1 that is more than ten times that at 0.5 and 2. In the theory itself that
 takes longer than the card's times go: at time 50 it is 7.5 times that at 0.5, at time 120 it is 15 times. So it is
-measured at 120, and the curves at the card's times.
+measured at 120, and the curves at the card's times. The theory is that of discrete steps, which is exact; the flow's is
+a few per cent higher at the first times.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from benchmarks.claims.findings import Finding, Metrics, Results
@@ -27,7 +27,7 @@ from lightning_recipes.modules.linear_student import true_test_error
 
 RECIPE = "GeneralizationMonitor"
 CLAIM = "Test error over time follows the theory; overtraining is worst where samples are as many as parameters."
-N, SNR, INR, RATE, END = 600, 5.0, 1.0, 0.1, 120.0
+N, SNR, INR, RATE, END = 600, 5.0, 1.0, 0.25, 120.0
 TIMES = (0.0, 0.5, 1.0, 3.0, 10.0, 50.0)
 SETTING = (
     f"linear student with {N} inputs, teacher of SNR {SNR:g}, first weights of INR {INR:g}, full-batch SGD in steps of"
@@ -133,7 +133,8 @@ def check(results: Results) -> list[Finding]:
 
     findings = []
     for arm in ("alpha 0.5", "alpha 1"):
-        theory = expected_test_error(torch.tensor(TIMES), marchenko_pastur(ARMS[arm]["alpha"]), SNR, INR).tolist()
+        law = marchenko_pastur(ARMS[arm]["alpha"])
+        theory = [float(expected_test_error(t, law, SNR, INR, round(t / RATE))) for t in TIMES]
         off = [abs(mean(of(arm, f"{t:g}")) / expected - 1) for t, expected in zip(TIMES, theory)]
         worst = max(range(len(TIMES)), key=off.__getitem__)
         times = ", ".join(f"{t:g}" for t in TIMES)
