@@ -2,18 +2,20 @@
 
 The card asks for overtraining at alpha = 1 that is more than ten times that at 0.5 and 2. In the theory itself that
 takes longer than the card's times go: at time 50 it is 7.5 times that at 0.5, at time 120 it is 15 times. So it is
-measured at 120, and the curves at the card's times.
+measured at 120, and the curves at the card's times. The theory is that of discrete steps, which is exact; the flow's is
+a few per cent higher at the first times.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import repeat
 from statistics import mean
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from torch import Tensor
 
 from benchmarks.claims.findings import Finding, Metrics, Results
 from benchmarks.claims.training import seeded
@@ -25,7 +27,7 @@ from lightning_recipes.modules.linear_student import true_test_error
 
 RECIPE = "GeneralizationMonitor"
 CLAIM = "Test error over time follows the theory; overtraining is worst where samples are as many as parameters."
-N, SNR, INR, RATE, END = 600, 5.0, 1.0, 0.1, 120.0
+N, SNR, INR, RATE, END = 600, 5.0, 1.0, 0.25, 120.0
 TIMES = (0.0, 0.5, 1.0, 3.0, 10.0, 50.0)
 SETTING = (
     f"linear student with {N} inputs, teacher of SNR {SNR:g}, first weights of INR {INR:g}, full-batch SGD in steps of"
@@ -40,21 +42,38 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+class Again:
+    """One batch so many times in an epoch."""
+
+    def __init__(self, batch: tuple[Tensor, ...], times: int) -> None:
+        self.batch, self.times = batch, times
+
+    def __len__(self) -> int:
+        return self.times
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return repeat(self.batch, self.times)
+
+
 class Path(pl.Callback):
     """The exact test error after every step.
+
+    Args:
+        teacher: its weights.
 
     Attributes:
         errors: at step 0, 1, 2, ...
     """
 
-    def __init__(self) -> None:
+    def __init__(self, teacher: Tensor) -> None:
+        self.teacher = teacher
         self.errors: list[float] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.errors = [true_test_error(pl_module.readout.weight.detach(), trainer.datamodule.teacher)]
+        self.errors = [true_test_error(pl_module.readout.weight.detach(), self.teacher)]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
-        self.errors.append(true_test_error(pl_module.readout.weight.detach(), trainer.datamodule.teacher))
+        self.errors.append(true_test_error(pl_module.readout.weight.detach(), self.teacher))
 
 
 def path(
@@ -72,11 +91,11 @@ def path(
     with seeded(seed):
         data = StudentTeacherDataModule(n, alpha, SNR, seed=seed, n_test=1)
         module = LinearStudent(n, math.sqrt(INR), lr=rate * data.samples / 2, seed=seed)
-        watch = Path()
+        watch, steps = Path(data.teacher), round(end / rate)
         trainer = pl.Trainer(
             accelerator="cpu",
             devices=1,
-            max_epochs=round(end / rate),
+            max_epochs=steps if callbacks else 1,
             callbacks=[watch, *callbacks],
             limit_val_batches=0,
             logger=False,
@@ -84,7 +103,11 @@ def path(
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, datamodule=data)
+        if callbacks:
+            trainer.fit(module, datamodule=data)
+        else:  # the same steps in one epoch, in a fifth of the time
+            data.setup()
+            trainer.fit(module, Again(data.train_set.tensors, steps))
     return watch.errors
 
 
@@ -110,7 +133,8 @@ def check(results: Results) -> list[Finding]:
 
     findings = []
     for arm in ("alpha 0.5", "alpha 1"):
-        theory = expected_test_error(torch.tensor(TIMES), marchenko_pastur(ARMS[arm]["alpha"]), SNR, INR).tolist()
+        law = marchenko_pastur(ARMS[arm]["alpha"])
+        theory = [float(expected_test_error(t, law, SNR, INR, round(t / RATE))) for t in TIMES]
         off = [abs(mean(of(arm, f"{t:g}")) / expected - 1) for t, expected in zip(TIMES, theory)]
         worst = max(range(len(TIMES)), key=off.__getitem__)
         times = ", ".join(f"{t:g}" for t in TIMES)

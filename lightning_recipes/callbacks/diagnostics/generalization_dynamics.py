@@ -68,7 +68,7 @@ PAPER = Paper(
 SOFT = 0.1
 """A mode whose l t is below this has hardly begun to move."""
 FEWEST = 64
-"""Samples of a probe below which a spectrum says nothing."""
+"""Samples below which a spectrum says little."""
 STUDENT = ""
 """The readout among the tapped layers; the others go by their names."""
 
@@ -419,8 +419,8 @@ class GeneralizationMonitor(Monitor):
 
     Raises:
         RecipeError: for bad arguments; under manual optimization and LBFGS; before the first step for a network without
-            a linear readout, layers that are not there or not linear, data that are not read by index, a probe below 64
-            samples or 4 an output, features that do not vary or are not finite, more than 8192 of them on a probe of as
+            a linear readout, layers that are not there or not linear, data that are not read by index, fewer than 4
+            samples an output, features that do not vary or are not finite, more than 8192 of them on a probe of as
             many, a loss that cannot be seen, and stop with class labels.
     """
 
@@ -519,11 +519,9 @@ class GeneralizationMonitor(Monitor):
         with apart(trainer, "GeneralizationMonitor", "try"):
             for number, (batch, _) in enumerate(few):
                 self._see(observe(trainer, module, as_a_step_gets_it(trainer, batch), number, self.criterion))
-        least = max(FEWEST, 4 * self._outputs)
-        if probe.total < least:
+        if probe.total < 4 * self._outputs:
             raise RecipeError(
-                f"a probe of {probe.total} samples (probe_size={self.probe_size}, {total} training samples) says"
-                f" nothing of {self._outputs} outputs; it needs {least} at least"
+                f"{probe.total} samples say nothing of {self._outputs} outputs; it needs {4 * self._outputs} at least"
             )
         width = self._layer(STUDENT).in_features
         if min(width, probe.total) > WIDEST:
@@ -604,6 +602,8 @@ class GeneralizationMonitor(Monitor):
         size = (probe.loader.batch_size or total) * trainer.accumulate_grad_batches * rank_and_world()[1]
         if size < total:
             differs.append("mini-batches follow the gradient of all data only at small rates")
+        if total < FEWEST:
+            differs.append(f"{total} samples are few for a law of large numbers")
         if probe.total < total:
             differs.append(
                 f"the spectrum is that of {probe.total} of {total} samples, scaled up, with too wide an edge"

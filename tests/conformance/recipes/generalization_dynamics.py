@@ -12,7 +12,6 @@ from tests.conformance.misuse import (
     Misuse,
     Regression,
     TwoLosses,
-    X,
     argument,
     finds_no_layers,
     no_parameters,
@@ -74,9 +73,9 @@ def misuses() -> list[Misuse]:
         look("no head", r"found no head in Classifier; its parts are \[\]", lambda: [monitor()], no_parameters),
         look(
             "few samples",
-            r"a probe of 16 samples \(probe_size=2048, 16 training samples\) says nothing of 3 outputs; it needs 64",
+            "8 samples say nothing of 3 outputs; it needs 12 at least",
             lambda: [monitor()],
-            data=lambda: loader(X, X[:, 0].argsort() % 3),
+            data=lambda: loader(MANY[:8], LABELS[:8]),
         ),
         look(
             "features that do not vary",
@@ -96,7 +95,7 @@ def misuses() -> list[Misuse]:
         look("two losses", r"computes 2 losses .*choose with criterion=INDEX", lambda: [monitor()], TwoLosses),
         look(
             "data that are not read by index",
-            "needs the training data as one DataLoader over a data set read by index; got list",
+            "needs the training data as one DataLoader over a data set read by index; got 40 loaders",
             lambda: [monitor()],
             data=lambda: [*loader(MANY, LABELS)],
         ),
