@@ -36,6 +36,7 @@ from benchmarks.claims import (
     sara,
     slca,
     spurious_features,
+    subgm,
     svfit,
     wise_ft,
 )
@@ -60,6 +61,7 @@ EXPERIMENTS: Mapping[str, Sequence[ModuleType]] = {
     "ProjectionHead": [projection_head],
     "PSKD": [ps_kd],
     "SLCA": [slca],
+    "SubGM": [subgm],
     "SVFit": [svfit],
     "SaRA": [sara],
     "WiSEFT": [wise_ft],

@@ -6,6 +6,7 @@ from lightning_recipes.callbacks.adapters.glad import GLAD
 from lightning_recipes.callbacks.adapters.insert_attention import InsertAttention
 from lightning_recipes.callbacks.adapters.pego import PEGO
 from lightning_recipes.callbacks.adapters.sara import SaRA
+from lightning_recipes.callbacks.adapters.subgm import SubGM
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.slca import SLCA
@@ -59,5 +60,6 @@ __all__ = [
     "RobustAccuracyMonitor",
     "SVFit",
     "SaRA",
+    "SubGM",
     "WiSEFT",
 ]

@@ -9,6 +9,7 @@ from lightning_recipes.datamodules.few_shot import FewShotDataModule
 from lightning_recipes.datamodules.folders import ImageFolderDataModule
 from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
 from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
+from lightning_recipes.datamodules.matrix_sensing import MatrixSensingDataModule
 from lightning_recipes.datamodules.superclasses import SuperclassDataModule
 from lightning_recipes.datamodules.text import ByteTokenizer, CharDataModule, TextDataModule
 from lightning_recipes.datamodules.torchvision_sets import TorchvisionDataModule
@@ -27,6 +28,7 @@ __all__ = [
     "ImageFolderDataModule",
     "LabelledImages",
     "LongTailedDataModule",
+    "MatrixSensingDataModule",
     "RotatedDigitsDataModule",
     "SuperclassDataModule",
     "TextDataModule",

@@ -17,6 +17,7 @@ from lightning_recipes.modules.image_classifier import ImageClassifier
 from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
+from lightning_recipes.modules.low_rank_recovery import FactorProduct, LowRankRecovery
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
 from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.preact_resnet import PreActResNet18
@@ -38,12 +39,14 @@ __all__ = [
     "DeepMLP",
     "DropBlock2d",
     "DualInputOutput",
+    "FactorProduct",
     "FixedReweighting",
     "IdentityHead",
     "ImageClassifier",
     "LEVIEnsemble",
     "LightweightCNN",
     "LongTailAccuracy",
+    "LowRankRecovery",
     "MLPHead",
     "NTXentLoss",
     "PreActResNet18",
