@@ -418,6 +418,7 @@ class SubGM(Recipe):
 
     def _begin_anew(self) -> None:
         self._t, self._found = 0, []
+        self._factors: dict[str, nn.Parameter] = {}
         self._first: tuple[float, float] | None = None  # loss and ||Q||
         self._told = False
         self._norm: Tensor | None = None
@@ -531,9 +532,12 @@ class SubGM(Recipe):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self.schedule_lr and self._plan is not None:
-            parameters = dict(pl_module.named_parameters())
-            factors = {id(parameters[name]): name for name in self._names}
+        if self._plan is None:
+            return
+        parameters = dict(pl_module.named_parameters())
+        self._factors = {name: parameters[name] for name in self._names}
+        if self.schedule_lr:
+            factors = {id(parameter): name for name, parameter in self._factors.items()}
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
                     mine = [factors[id(p)] for p in group["params"] if id(p) in factors]
@@ -566,14 +570,13 @@ class SubGM(Recipe):
         if self._writing is not None:
             self._writing.settle()
             self._writing = None
-            parameters = dict(pl_module.named_parameters())
-            self._started.update({parameters[name]: True for name in self._names})
+            for factor in self._factors.values():
+                self._started[factor] = True
 
     @torch.no_grad()
     def _edit(self, optimizer: Optimizer) -> None:
         """With the finished gradient, before clipping: the norm, and with it the rate of this update."""
-        plan = self._plan
-        parameters = dict(plan.module.named_parameters())
+        plan, parameters = self._plan, self._factors
         products = self._products.take(plan.trainer) if self._products is not None else {}
         norms = [
             torch.linalg.norm(products[pair.b])
@@ -651,6 +654,7 @@ class SubGM(Recipe):
 
     def _let_go(self) -> None:
         self._plan, self._writing, self._products, self._norm = None, None, None, None
+        self._factors = {}
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
