@@ -145,7 +145,7 @@ def misuses() -> list[Misuse]:
         bad(
             "a factor without a partner",
             r"pairs: '\.\*weight' matches 3 parameters and 'net\.0\.weight' 1; each factor needs its partner",
-            lambda: [SubGM(pairs=[(r".*weight", r"net\.0\.weight")])],
+            lambda: [SubGM(pairs=[(".*weight", "net.0.weight")])],
         ),
         bad(
             "shapes that do not multiply",
