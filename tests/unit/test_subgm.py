@@ -23,14 +23,14 @@ X, Y = samples()
 
 
 def sensed(d=6, r=1, m=90, seed=0, **arguments):
-    data = MatrixSensingDataModule(d, r, m, seed=seed, **arguments)
+    data = MatrixSensingDataModule(d, r, m, seed=seed, **{"passes": 100, **arguments})
     data.setup()
     return data
 
 
 def recover(data, recipe, steps, **arguments):
     module = LowRankRecovery(data.d, **{"rank": data.d, **arguments})
-    trainer = quiet(max_epochs=-1, max_steps=steps, callbacks=[recipe], log_every_n_steps=1)
+    trainer = quiet(max_epochs=-1, max_steps=steps, callbacks=[recipe], log_every_n_steps=steps, limit_val_batches=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, datamodule=data)
@@ -104,6 +104,12 @@ def test_the_rule_for_rho_leaves_room_to_grow():
     assert maths.budget(0.1, 0.99) == pytest.approx(10)
     assert maths.budget(0.5, 0.5, 2) == pytest.approx(0.75)
     assert maths.decay_for(2.0, 0.25) == maths.decay_for(1.0, 0.25)
+
+
+def test_of_a_symmetric_product_only_the_symmetric_part_of_the_gradient_counts():
+    gradient = torch.tensor([[3.0, 2.0], [-2.0, 4.0]])
+    assert maths.product_norm(gradient, symmetric=True).item() == pytest.approx(5)
+    assert maths.product_norm(gradient, symmetric=False).item() == pytest.approx(33**0.5)
 
 
 def test_the_norm_from_the_factors_of_an_aligned_pair_is_that_of_the_product_gradient():
@@ -191,7 +197,7 @@ def test_the_fit_takes_the_papers_steps(symmetric):
     recipe = SubGM(1e-2, eta=0.2)
     begin = Watch(on_train_batch_start=lambda t, m, *rest: starts.append([p.detach().clone() for p in m.parameters()]))
     module = LowRankRecovery(6, 4, symmetric, lr=0.3)
-    trainer = quiet(max_epochs=-1, max_steps=30, callbacks=[recipe, begin], log_every_n_steps=1)
+    trainer = quiet(max_steps=30, callbacks=[recipe, begin], log_every_n_steps=1, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
     (u, *v), (a, y), rho = starts[0], data.measurements, maths.decay_for(1e-2, 0.2)
     assert torch.linalg.norm(u).item() == pytest.approx(1e-2 * 2, rel=0.3), "a sqrt(r)"
@@ -218,16 +224,16 @@ def test_the_fit_takes_the_papers_steps(symmetric):
 
 def test_without_noise_it_recovers_to_the_floor_of_the_last_step_and_logs_the_rank():
     data = sensed(r=2, m=120, outlier_prob=0.0)
-    module, trainer = recover(data, SubGM(1e-4), 500)
-    assert torch.linalg.norm(module() - data.truth).item() < 1e-3
-    assert trainer.callback_metrics["subgm/error"].item() < 1e-3
+    module, trainer = recover(data, SubGM(1e-2), 400)
+    assert torch.linalg.norm(module() - data.truth).item() < 2e-3
+    assert trainer.callback_metrics["subgm/error"].item() < 2e-3
     assert trainer.callback_metrics["subgm/effective_rank"].item() == pytest.approx(2, abs=0.01)
     assert trainer.callback_metrics["subgm/sv_gap"].item() > 100
 
 
 def test_the_scalar_problem_converges():
     data = sensed(d=1, r=1, m=30, outlier_prob=0.3)
-    module, _ = recover(data, SubGM(1e-2), 300)
+    module, _ = recover(data, SubGM(0.1), 250)
     assert module().item() == pytest.approx(1, abs=1e-3)
 
 
@@ -236,16 +242,16 @@ def test_too_short_a_schedule_never_leaves_the_origin_and_is_refused():
         RecipeError, match=r"sum to 10, and from init_scale=1e-06 they need .* 13.8: the iterate cannot"
     ):
         SubGM(1e-6, eta=0.1, rho=0.99)
-    data = sensed()
-    u = 1e-6 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0)) / 6**0.5
+    data = sensed(d=20, r=3, m=600)
+    u = 1e-6 * torch.randn(20, 20, generator=torch.Generator().manual_seed(0)) / 20**0.5
     for t in range(600):
         u = maths.subgradient_step(u, maths.subgradient(*data.measurements, u @ u.T), 0.1 * 0.99**t)
-    assert torch.linalg.norm(u @ u.T - data.truth).item() == pytest.approx(1, abs=0.02), "what it is refused for"
+    assert torch.linalg.norm(u @ u.T - data.truth).item() == pytest.approx(3**0.5, abs=0.02), "what it is refused for"
 
 
 def test_normalised_by_the_factors_it_recovers_too():
     data = sensed(m=120)
-    module, _ = recover(data, SubGM(1e-3, normalize="param"), 400)
+    module, _ = recover(data, SubGM(1e-2, normalize="param"), 300)
     assert torch.linalg.norm(module() - data.truth).item() < 0.02
 
 
@@ -253,11 +259,12 @@ def test_from_the_spectral_start_both_forms_recover():
     data = sensed(m=120)
     starts = []
     for symmetric in (True, False):
-        recipe = SubGM(1e-3, init="spectral")
+        recipe = SubGM(1e-2, init="spectral")
         module = LowRankRecovery(6, 3, symmetric)
         begin = Watch(on_train_start=lambda t, m: starts.append(m().detach()))
-        quiet(max_epochs=-1, max_steps=400, callbacks=[recipe, begin]).fit(module, datamodule=data)
-        assert torch.linalg.norm(starts[-1]).item() == pytest.approx(1e-6, rel=1e-3)
+        trainer = quiet(max_epochs=-1, max_steps=300, callbacks=[recipe, begin], limit_val_batches=0)
+        trainer.fit(module, datamodule=data)
+        assert torch.linalg.norm(starts[-1]).item() == pytest.approx(1e-4, rel=1e-3)
         assert torch.linalg.norm(module() - data.truth).item() < 0.02
 
 
@@ -267,7 +274,7 @@ def test_from_the_spectral_start_both_forms_recover():
 def test_keeping_everything_is_bitwise_plain_sgd_and_still_shows_the_spectrum():
     data = sensed()
     plain = LowRankRecovery(6, lr=0.05, init_scale=0.1)
-    quiet(max_epochs=20).fit(plain, datamodule=data)
+    quiet(max_steps=20, limit_val_batches=0).fit(plain, datamodule=data)
     watched, trainer = recover(data, SubGM(init="keep", schedule_lr=False), 20, lr=0.05, init_scale=0.1)
     assert same(weights(plain), weights(watched))
     assert trainer.callback_metrics["subgm/effective_rank"] > 1
@@ -362,17 +369,17 @@ def test_a_second_fit_goes_on_from_the_weights_of_the_first():
     data, recipe = sensed(), SubGM(1e-2, eta=1e-6, rho=0.9999999)
     module, _ = recover(data, recipe, 3)
     between = weights(module)
-    quiet(max_epochs=1, callbacks=[recipe]).fit(module, datamodule=data)
+    quiet(max_steps=1, callbacks=[recipe]).fit(module, datamodule=data)
     assert torch.allclose(module.U, between["U"], rtol=1e-3, atol=1e-8)
-    quiet(max_epochs=1, callbacks=[SubGM(1e-3)]).fit(module, datamodule=data)
+    quiet(max_steps=1, callbacks=[SubGM(1e-3)]).fit(module, datamodule=data)
     assert torch.linalg.norm(module.U) < 0.5 * torch.linalg.norm(between["U"]), "another one starts anew"
 
 
 def test_squared_errors_are_warned_of_and_absolute_ones_are_not():
-    data = sensed(d=8, r=1, m=400, outlier_prob=0.0)
+    data = sensed(d=4, r=1, m=100, outlier_prob=0.0)
     for loss, expected in (("mse", True), ("l1", False)):
-        module = LowRankRecovery(8, 1, loss=loss)
-        trainer = quiet(max_epochs=-1, max_steps=200, callbacks=[SubGM(0.1)], log_every_n_steps=1)
+        module = LowRankRecovery(4, 1, loss=loss)
+        trainer = quiet(max_steps=60, callbacks=[SubGM(0.1)], log_every_n_steps=1, limit_val_batches=0)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.fit(module, datamodule=data)
@@ -383,7 +390,7 @@ def test_a_large_start_and_half_precision_are_warned_of():
     with pytest.warns(UserWarning, match="init_scale=2 is no small start"):
         SubGM(2.0)
     with pytest.warns(UserWarning, match="lost in half precision; train the factors in 32-true"):
-        quiet(callbacks=[SubGM(0.1)], precision="bf16-mixed").fit(LowRankRecovery(6), datamodule=sensed())
+        quiet(callbacks=[SubGM(0.1)], precision="bf16-mixed", max_steps=2).fit(LowRankRecovery(6), datamodule=sensed())
 
 
 def test_a_pair_that_cannot_be_seen_is_said():
@@ -415,14 +422,18 @@ def test_the_measurements_are_what_they_are_said_to_be():
 def test_a_batch_is_all_measurements_and_an_epoch_as_many_steps_as_it_is_told():
     data = sensed(m=90, passes=3)
     batches = list(data.train_dataloader())
-    assert len(batches) == 3
+    assert len(batches) == 3 and batches[0][0] is data.measurements[0], "not copied"
     for a, y in batches:
         assert torch.equal(a, data.measurements[0]) and torch.equal(y, data.measurements[1])
     (truth, _), *rest = data.val_dataloader()
     assert torch.equal(truth[0], data.truth) and not rest
-    shuffled = sensed(m=90, batch_size=60, shuffle=True)
-    sizes = [len(y) for _, y in shuffled.train_dataloader()]
-    assert sizes == [60, 30]
+    shuffled = sensed(m=90, batch_size=60, shuffle=True, passes=1)
+    parts = list(shuffled.train_dataloader())
+    assert [len(y) for _, y in parts] == [60, 30]
+    together = torch.cat([y for _, y in parts])
+    assert not torch.equal(together, data.measurements[1]) and torch.equal(
+        together.sort().values, data.measurements[1].sort().values
+    )
 
 
 def test_the_module_tells_the_error_and_takes_a_balance():

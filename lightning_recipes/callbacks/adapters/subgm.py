@@ -161,6 +161,11 @@ def small_factor(shape: Sequence[int], d: int, init_scale: float, draws: torch.G
     return init_scale / math.sqrt(d) * torch.randn(*shape, generator=draws)
 
 
+def product_norm(gradient: Tensor, symmetric: bool) -> Tensor:
+    """||Q||_F of dL/dX; of its symmetric part for X = U U^T, which moves along no other."""
+    return torch.linalg.norm((gradient + gradient.T) / 2 if symmetric else gradient)
+
+
 def factor_norm(gradients: Sequence[Tensor], factors: Sequence[Tensor]) -> Tensor:
     """||(dL/dB, dL/dA)|| / ||(A, B)||: what stands for ||Q|| where Q is not seen.
 
@@ -579,7 +584,7 @@ class SubGM(Recipe):
         plan, parameters = self._plan, self._factors
         products = self._products.take(plan.trainer) if self._products is not None else {}
         norms = [
-            torch.linalg.norm(products[pair.b])
+            product_norm(products[pair.b], pair.symmetric)
             if pair.b in products
             else factor_norm([parameters[n].grad for n in pair.names], [parameters[n] for n in pair.names])
             for pair in self._found
