@@ -1,6 +1,6 @@
 """Figures of the subgradient-recovery paper: error against the size of the first factors, and against the rank set.
 
-``python -m benchmarks.papers.subgradient_recovery`` recovers every matrix over three seeds on one core (about a minute),
+``python -m benchmarks.papers.subgradient_recovery`` recovers every matrix over three seeds on one core (a minute),
 prints a table, draws ``subgradient_recovery_scale.png`` and ``subgradient_recovery_rank.png`` and writes
 ``subgradient_recovery.json`` beside this file. Nothing is downloaded. X* is 20 x 20, of rank 3 and norm 1.73. The
 steps are those of the recipe's own functions in a plain loop; its tests hold a fit with the callback against them, and

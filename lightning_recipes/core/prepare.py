@@ -157,9 +157,10 @@ class Plan:
         return self._session.gradients
 
     @property
-    def frozen_by_surgery(self) -> frozenset[str]:
-        """Names of the parameters that do not train because of what surgery did; known once it is done."""
-        return frozenset().union(*(claim.frozen for claim in self._session.around.values()))
+    def frozen_by_surgery(self) -> dict[str, str]:
+        """The parameters that do not train because of what surgery did, each with the recipe whose surgery it was;
+        known once all is done."""
+        return {name: type(r).__name__ for r, claim in self._session.around.items() for name in sorted(claim.frozen)}
 
     @property
     def trainable_parameters(self) -> int:

@@ -470,7 +470,10 @@ class SubGM(Recipe):
         parameters, frozen = dict(module.named_parameters()), plan.frozen_by_surgery
         trained = [p for p in found if all(parameters[n].requires_grad and n not in frozen for n in p.names)]
         if not trained:
-            raise RecipeError(f"none of the factors trains, {names[0]} is the first of them; unfreeze both of a pair")
+            by = f" ({frozen[names[0]]} trains what it adds and freezes the rest)" if names[0] in frozen else ""
+            raise RecipeError(
+                f"none of the factors trains{by}, {names[0]} is the first of them; unfreeze both of a pair"
+            )
         return trained
 
     def _first_factors(self) -> dict[str, Tensor]:

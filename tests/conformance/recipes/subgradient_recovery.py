@@ -91,6 +91,7 @@ REFUSED = {
     ("SubGM", "SVFit"): "there are no factors left",
     ("SubGM", "SaRA"): "there are no factors left",
     ("SubGM", "PEGO"): "must start and stay orthogonal",
+    ("SubGM", "AdaptFormer"): "none of the factors trains (AdaptFormer trains what it adds",
 }
 OTHER = {"SubGM": {"eta": 0.3}}
 
