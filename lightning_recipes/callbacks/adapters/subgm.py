@@ -444,7 +444,8 @@ class SubGM(Recipe):
         self._plan = plan
         self._writing = plan.write_weights(self._first_factors, after_surgery=True)
         plan.after_surgery(self._watch)
-        plan.parameters(self._claim)
+        if self.schedule_lr:
+            plan.parameters(lambda: Claim(lr_scale=dict.fromkeys(self._names, 1.0)))
         plan.edit_gradients(self._edit)
         plan.after_step(self._stepped)
         plan.at_end(self._let_go)
@@ -534,9 +535,6 @@ class SubGM(Recipe):
     @property
     def _names(self) -> list[str]:
         return [name for pair in self._found for name in pair.names]
-
-    def _claim(self) -> Claim:
-        return Claim(lr_scale=dict.fromkeys(self._names, 1.0)) if self.schedule_lr else Claim()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
