@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
 import time
 import warnings
@@ -40,7 +41,7 @@ from lightning_recipes.core.random import generator
 from lightning_recipes.datamodules import MatrixSensingDataModule
 from lightning_recipes.modules.low_rank_recovery import measure
 
-SEEDS, STEPS, ETA = 3, 2000, 0.25
+SEEDS, STEPS, ETA = 3, 1200, 0.25
 D, R = 20, 3
 SCALES = (1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 RANKS = (3, 5, 10, 20)
@@ -134,12 +135,11 @@ def table(figure: str, found: Mapping[str, Points], seeds: int) -> str:
 
 def draw(figure: str, found: Mapping[str, Points], path: Path) -> Path | None:
     """Error on a log axis; None where matplotlib is not installed."""
-    place = {"scale": lambda at: len(SCALES) - 1 - SCALES.index(at), "rank": lambda at: at}[figure]
-    x = {name: [place(at) for at in curve["at"]] for name, curve in found.items()}
+    x = {name: [math.log10(at) if figure == "scale" else at for at in curve["at"]] for name, curve in found.items()}
     curves = {name: (x[name], curve["median"]) for name, curve in found.items()}
     bands = {name: (curve["low"], curve["high"]) for name, curve in found.items()}
     title = f"Robust matrix recovery: error against {'initialisation scale' if figure == 'scale' else 'rank set'}"
-    xlabel = "log10 of the size of the first factors, from 1e-6" if figure == "scale" else AXES[figure]
+    xlabel = f"log10 of the {AXES[figure]}" if figure == "scale" else AXES[figure]
     return draw_curves(path, curves, title, xlabel, "||X - X*||_F", bands, log_y=True)
 
 
