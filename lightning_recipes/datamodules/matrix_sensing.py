@@ -73,7 +73,8 @@ class MatrixSensingDataModule(DataModule):
         passes: how often an epoch goes through the measurements.
         shuffle: in an order drawn anew every epoch; matters for smaller batches.
         seed: of all draws.
-        **kwargs: those of `DataModule`.
+        num_workers: worker processes of each loader.
+        drop_last: drop the last, smaller training batch.
 
     Raises:
         ValueError: for bad arguments.
@@ -97,11 +98,12 @@ class MatrixSensingDataModule(DataModule):
         passes: int = 1,
         shuffle: bool = False,
         seed: int = 0,
-        **kwargs: Any,
+        num_workers: int = 0,
+        drop_last: bool = False,
     ) -> None:
         require(m >= 1, "m", m, "at least 1")
         require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "None or at least 1")
-        super().__init__(batch_size=batch_size or m, seed=seed, **kwargs)
+        super().__init__(batch_size or m, num_workers, drop_last=drop_last, seed=seed)
         require(d >= 1, "d", d, "at least 1")
         require(1 <= r <= d, "r", r, f"at least 1 and at most d={d}")
         require(0 <= outlier_prob < 1, "outlier_prob", outlier_prob, "at least 0 and below 1")
