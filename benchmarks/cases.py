@@ -42,6 +42,7 @@ from lightning_recipes.callbacks import (
     ProgressiveUnfreezing,
     ProjectionHead,
     SaRA,
+    SubGM,
     SVFit,
     WiSEFT,
 )
@@ -145,6 +146,14 @@ CASES: dict[str, Case] = {
         loop=lambda net, batches, amp: loops.levi(net, batches, amp),
     ),
     "SVFit": Case("vit", lambda: [SVFit()], loop=lambda net, batches, amp: loops.svfit(net, batches, amp)),
+    "SubGM on LoRA": Case(
+        "vit",
+        lambda: [GLAD(mix=0.0), SubGM(1e-2, eta=0.01, init="keep", log_spectrum=False)],
+        loop=lambda net, batches, amp: loops.normalized_steps(
+            loops.with_lora(net, "qkv", rank=4, scale=2.0), batches, amp
+        ),
+        optimizer=partial(SGD, lr=0.01),
+    ),
     # Re-selected before the first step: what a step costs in the second half of a fit, when it costs most.
     **{
         f"SaRA, {share:.0%}": Case(

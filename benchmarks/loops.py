@@ -121,6 +121,35 @@ def orthogonality(layer: LoRA, role: str) -> Tensor:
     return preserve + sum(diversify)
 
 
+def normalized_steps(
+    net: nn.Module, batches: Batches, amp: Amp = nullcontext, eta: float = 0.01, init_scale: float = 1e-2
+) -> None:
+    """SGD, of the adapters at the rate eta rho^t / ||Q||, Q the gradients of their products."""
+    layers = [layer for layer in net.modules() if isinstance(layer, LoRA)]
+    products: list[Tensor] = []
+
+    def keep(layer: LoRA, args: tuple[Tensor], output: Tensor) -> None:
+        h = args[0].detach().flatten(0, -2).float()
+        output.register_hook(lambda g: products.append(layer.scale * g.detach().flatten(0, -2).float().T @ h))
+
+    for layer in layers:
+        layer.register_forward_hook(keep)
+    factors = [p for layer in layers for side in (layer.a, layer.b) for p in side.parameters()]
+    groups = [{"params": factors}, {"params": list(net.get_classifier().parameters())}]
+    optimizer, rho, rate = SGD(groups, lr=0.01), 1 - eta / (2 * math.log(1 / init_scale) + 4), eta
+    net.train()
+    for x, y in batches:
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.stack([torch.linalg.norm(q) for q in products]).norm()
+        optimizer.param_groups[0]["lr"] = rate / norm.item()
+        optimizer.step()
+        products.clear()
+        rate *= rho
+
+
 def glad(net: nn.Module, batches: Batches, amp: Amp = nullcontext, mix: float = 0.5, rho: float = 0.05) -> None:
     """(1 - mix) g + mix g', where g' is the gradient at the weights moved by rho along g."""
     parameters = trained(net)

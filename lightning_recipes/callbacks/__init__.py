@@ -6,6 +6,7 @@ from lightning_recipes.callbacks.adapters.glad import GLAD
 from lightning_recipes.callbacks.adapters.insert_attention import InsertAttention
 from lightning_recipes.callbacks.adapters.pego import PEGO
 from lightning_recipes.callbacks.adapters.sara import SaRA
+from lightning_recipes.callbacks.adapters.subgm import SubGM
 from lightning_recipes.callbacks.adapters.svfit import SVFit
 from lightning_recipes.callbacks.continual.forgetting import ForgettingMonitor
 from lightning_recipes.callbacks.continual.group_mask import GroupMask
@@ -78,5 +79,6 @@ __all__ = [
     "SVFit",
     "SaRA",
     "SmallInit",
+    "SubGM",
     "WiSEFT",
 ]

@@ -155,6 +155,7 @@ def draw_curves(
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     log_x: bool = False,
     points: Collection[str] = (),
+    log_y: bool = False,
 ) -> Path | None:
     """Draw curves by name, each as (x, y); None where matplotlib (the `plots` extra) is not installed.
 
@@ -162,6 +163,7 @@ def draw_curves(
         bands: around curves of these names, each as (lower, upper): the spread over seeds.
         log_x: a log axis, on which 0 has its place left of 1.
         points: names of those that are points without a line between them.
+        log_y: a log axis, for values above 0.
     """
     try:
         from matplotlib.figure import Figure
@@ -179,6 +181,8 @@ def draw_curves(
     if log_x:
         axes.set_xscale("symlog", linthresh=1)
         axes.xaxis.set_major_formatter("{x:g}")
+    if log_y:
+        axes.set_yscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_title(textwrap.fill(title, 80), fontsize="medium" if len(title) > 60 else "large")
     axes.grid(alpha=0.3)

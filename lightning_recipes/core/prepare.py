@@ -96,13 +96,14 @@ class Plan:
         """
         self._session.surgeries[self._recipe] = spec
 
-    def write_weights(self, values: Callable[[], Mapping[str, Tensor]]) -> Writing:
+    def write_weights(self, values: Callable[[], Mapping[str, Tensor]], after_surgery: bool = False) -> Writing:
         """Have weights written over before training; the recipe settles them once a step is under way.
 
         Args:
-            values: asked for before surgery; new values by the parameter's name.
+            values: asked for when they are written; new values by the parameter's name.
+            after_surgery: write over what surgery has made, not under it.
         """
-        writing = Writing(self.module, values)
+        writing = Writing(self.module, values, after_surgery)
         self._session.writings[self._recipe] = writing
         return writing
 
@@ -143,6 +144,12 @@ class Plan:
     def gradients(self) -> GradientSocket:
         """The gradient socket, for what it has under way in the middle of an accumulation window."""
         return self._session.gradients
+
+    @property
+    def frozen_by_surgery(self) -> dict[str, str]:
+        """The parameters that do not train because of what surgery did, each with the recipe whose surgery it was;
+        known once all is done."""
+        return {name: type(r).__name__ for r, claim in self._session.around.items() for name in sorted(claim.frozen)}
 
     @property
     def trainable_parameters(self) -> int:
@@ -298,19 +305,21 @@ class Session:
             rank_zero_warn(lost)
         try:
             if self.fitting:
-                self._write()
+                self._write(after_surgery=False)
             self._operate(plans, resumes="callbacks" in checkpoint)
             if self.fitting:
+                self._write(after_surgery=True)
                 self._attach(checkpoint)
         except BaseException:
             self.close()
             raise
 
-    def _write(self) -> None:
+    def _write(self, after_surgery: bool) -> None:
         for recipe, writing in self.writings.items():
-            self._undo.callback(writing.take_back)
-            with speaking_for(recipe):
-                writing.write()
+            if writing.after_surgery == after_surgery:
+                self._undo.callback(writing.take_back)
+                with speaking_for(recipe):
+                    writing.write()
 
     def _operate(self, plans: Mapping[Recipe, Plan], resumes: bool) -> None:
         for recipe, spec in self.surgeries.items():

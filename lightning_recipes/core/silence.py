@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_recipes.core.random import forked
 
 _TABLES: list[dict[Any, Any]] = []
+_UNDER_WAY: list[pl.LightningModule] = []
 
 
 @contextmanager
@@ -44,12 +45,14 @@ def silent(module: pl.LightningModule, *, track_statistics: bool = False) -> Ite
         # In train mode this normalises by batch statistics as before and leaves the running ones alone. Copying the
         # statistics back in place instead would break the graph that still holds them.
         norm.track_running_stats = False
+    _UNDER_WAY.append(module)
     try:
         for name in muted:
             module.__dict__[name] = _log_nothing
         with forked(module.device):
             yield
     finally:
+        _UNDER_WAY.pop()
         for norm in norms:
             norm.track_running_stats = True
         for part, attributes in undo:
@@ -62,6 +65,11 @@ def silent(module: pl.LightningModule, *, track_statistics: bool = False) -> Ite
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = stood_before
+
+
+def is_silent() -> bool:
+    """Whether a silent piece of work is under way, for hooks that belong to the module's own step alone."""
+    return bool(_UNDER_WAY)
 
 
 def left_alone(table: dict[Any, Any]) -> Callable[[], None]:

@@ -79,7 +79,8 @@ class Operation:
 
 class Writing:
     """Values that a recipe writes over parameters before training begins: before surgery, so that adapters stand on
-    them, and before a checkpoint is restored, which writes over them in turn.
+    them, or after it, over the parameters that it made; and before a checkpoint is restored, which writes over them in
+    turn.
 
     What stood there is kept until :meth:`settle` and comes back with :meth:`take_back`, so that a fit that is refused
     leaves the module as it was.
@@ -87,10 +88,13 @@ class Writing:
     Args:
         module: the user's.
         values: from nothing to the new values by the parameter's name; they may be fewer than all.
+        after_surgery: whether they are written once all surgery is done.
     """
 
-    def __init__(self, module: pl.LightningModule, values: Callable[[], Mapping[str, Tensor]]) -> None:
-        self.module, self._values = module, values
+    def __init__(
+        self, module: pl.LightningModule, values: Callable[[], Mapping[str, Tensor]], after_surgery: bool = False
+    ) -> None:
+        self.module, self._values, self.after_surgery = module, values, after_surgery
         self._before: dict[Parameter, Tensor] = {}
 
     @torch.no_grad()

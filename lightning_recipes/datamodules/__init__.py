@@ -9,6 +9,7 @@ from lightning_recipes.datamodules.few_shot import FewShotDataModule
 from lightning_recipes.datamodules.folders import ImageFolderDataModule
 from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
 from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
+from lightning_recipes.datamodules.matrix_sensing import MatrixSensingDataModule
 from lightning_recipes.datamodules.prior_data import PriorDataModule
 from lightning_recipes.datamodules.priors import GaussianPrior, GPPrior, LinearPrior, MLPPrior, Prior, SampledGPPrior
 from lightning_recipes.datamodules.scole import SCoLeDataModule
@@ -38,6 +39,7 @@ __all__ = [
     "LinearPrior",
     "LongTailedDataModule",
     "MLPPrior",
+    "MatrixSensingDataModule",
     "Prior",
     "PriorDataModule",
     "RotatedDigitsDataModule",

@@ -20,6 +20,7 @@ from lightning_recipes.modules.language import CausalLM, TextClassifier
 from lightning_recipes.modules.levi_ensemble import LEVIEnsemble
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.linear_student import LinearStudent
+from lightning_recipes.modules.low_rank_recovery import FactorProduct, LowRankRecovery
 from lightning_recipes.modules.metrics import AURC, BaseToNovelAccuracy, aurc, harmonic_mean
 from lightning_recipes.modules.mixer import Mixer, MixingNetwork
 from lightning_recipes.modules.mlp import MLP
@@ -46,6 +47,7 @@ __all__ = [
     "DeepMLP",
     "DropBlock2d",
     "DualInputOutput",
+    "FactorProduct",
     "FixedReweighting",
     "IdentityHead",
     "ImageClassifier",
@@ -53,6 +55,7 @@ __all__ = [
     "LightweightCNN",
     "LinearStudent",
     "LongTailAccuracy",
+    "LowRankRecovery",
     "MLPHead",
     "Mixer",
     "MixingNetwork",

@@ -121,6 +121,8 @@ class Classifier(pl.LightningModule):
         self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
+        if self.optimizer == "plain":
+            return torch.optim.SGD(self.parameters(), lr=0.05)
         if self.optimizer == "adamw":
             optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
         else:
@@ -161,7 +163,10 @@ class Lively(Classifier):
         self.log("val_loss", F.cross_entropy(self(self.norm(x)), y) * torch.rand(()))
 
     def configure_optimizers(self) -> Any:
-        optimizer = super().configure_optimizers()["optimizer"]
+        made = super().configure_optimizers()
+        if self.optimizer == "plain":
+            return made
+        optimizer = made["optimizer"]
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
 
@@ -194,7 +199,8 @@ class Row:
         neutral: makes them at their neutral setting; None where the baseline is another one (adapters: plain peft).
         monitors: whether it changes nothing at any setting.
         network: makes the network.
-        optimizer: 'sgd', 'adamw', or 'filter' (sgd over what requires a gradient).
+        optimizer: 'sgd', 'adamw', 'filter' (sgd over what requires a gradient), or 'plain' (sgd without momentum, decay
+            or a scheduler).
         batch_norm: whether there is a batch norm, in the network or put into it: each rank has statistics of its own,
             so two ranks are not one process, and running statistics are no parameters.
         couples: whether the loss of a sample depends on its batch, so that micro-batches are not one large batch.

@@ -148,6 +148,8 @@ def test_recipes_are_the_public_callbacks_and_the_modules_that_a_paper_brings():
         "BalancedCNN",
         "DualInputOutput",
         "LinearStudent",
+        "LowRankRecovery",
+        "MatrixSensingDataModule",
         "PFNModule",
         "SCoLeDataModule",
         "StudentTeacherDataModule",

@@ -235,6 +235,7 @@ def test_curves_are_drawn_with_bands_on_a_log_axis(tmp_path: Any) -> None:
         "accuracy",
         bands={"test": ([0.4, 0.4, 0.9], [0.6, 0.6, 1.0])},
         log_x=True,
+        log_y=True,
     )
     assert path.stat().st_size > 1000
 

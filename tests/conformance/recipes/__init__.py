@@ -5,9 +5,9 @@ small network, for the pairs; ``REFUSED``, pairs of class names that are refused
 ``OTHER``, another value of one argument of each class, for a resume; ``AUTOMATIC`` and ``SURGERY``, names of classes
 that need automatic optimization and that change the network's structure; ``DATA``, for a class that needs data of its
 own, what they are (as in a row); ``VALIDATES``, names of classes that need validation data; ``NETWORK``, for one that
-cannot run on the small vision transformer, what makes another on which the other members run too; ``misuses()``,
-everything that can be done wrong; and ``cannot_attach(row)``, the row on a module that it cannot take. What a card does
-not have is left out.
+cannot run on the small vision transformer, what makes another on which the other members run too; ``OPTIMIZER``, for
+one that cannot train by the usual one, the name of another (as in a row); ``misuses()``, everything that can be done
+wrong; and ``cannot_attach(row)``, the row on a module that it cannot take. What a card does not have is left out.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ SURGERY: list[str] = [name for card in CARDS for name in getattr(card, "SURGERY"
 DATA: dict[str, Callable[[int], TensorDataset]] = _all("DATA")
 NETWORK: dict[str, Callable[[], nn.Module]] = _all("NETWORK")
 VALIDATES: list[str] = [name for card in CARDS for name in getattr(card, "VALIDATES", [])]
+OPTIMIZER: dict[str, str] = _all("OPTIMIZER")
 MISUSES: list[Misuse] = [each for card in CARDS if hasattr(card, "misuses") for each in card.misuses()]
 CANNOT_ATTACH: list[Misuse] = [
     each for card in CARDS if hasattr(card, "cannot_attach") for row in card.ROWS for each in card.cannot_attach(row)
@@ -103,12 +104,15 @@ def _together(names: Sequence[str]) -> Row:
         ordered.append(next(name for name in waiting if not any(_class(other) in later[name] for other in waiting)))
         waiting.remove(ordered[-1])
     data = next((DATA[_class(name)] for name in ordered if _class(name) in DATA), first_digits)
-    network = next((NETWORK[_class(name)] for name in ordered if _class(name) in NETWORK), small_vit)
+    # of several the last one's, on which the others run too
+    network = [small_vit, *(NETWORK[_class(name)] for name in ordered if _class(name) in NETWORK)][-1]
+    optimizer = next((OPTIMIZER[_class(name)] for name in ordered if _class(name) in OPTIMIZER), "sgd")
     validation = any(_class(name) in VALIDATES for name in ordered)
     return Row(
         " + ".join(ordered),
         lambda: [MEMBERS[name]() for name in ordered],
         network=network,
+        optimizer=optimizer,
         data=data,
         validation=validation,
     )

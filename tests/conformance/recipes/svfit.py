@@ -7,8 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from lightning_recipes.callbacks import SVFit
-from lightning_recipes.core.recipe import Recipe
+from lightning_recipes.callbacks import SubGM, SVFit
 from tests.conformance.misuse import (
     LAYERS,
     Misuse,
@@ -28,10 +27,6 @@ MEMBERS = {"SVFit": lambda: SVFit()}
 REFUSED = {("SVFit", "PEGO"): "both adapt", ("SVFit", "GLAD"): "both adapt"}
 SURGERY = ["SVFit"]
 OTHER = {"SVFit": {"energy_of": "sums"}}
-
-
-class SubGM(Recipe):
-    """Stands for the recipe of that name."""
 
 
 def broken() -> Classifier:
