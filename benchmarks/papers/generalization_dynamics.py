@@ -1,13 +1,13 @@
 """Figure of the generalisation-dynamics paper: test error against time and against width, theory and simulation.
 
-``python -m benchmarks.papers.generalization_dynamics`` trains linear students over six seeds on one core (about a
+``python -m benchmarks.papers.generalization_dynamics`` trains linear students over eight seeds on one core (about a
 minute), prints a table, draws ``generalization_dynamics.png`` and writes ``generalization_dynamics.json`` beside this
 file. Nothing is downloaded.
 
 Left, test error against training time for as many samples as half, all and twice the parameters. Right, against
 parameters a sample, N/P, at the best time to stop and at time 50: the peak of overtraining at N = P, and on both sides
 of it hardly any. The curves are the theory for large N, the points the mean and the bars the standard deviation over
-seeds of students of 400 parameters, every width with draws of its own. Signal and noise are the same at every width: a
+seeds of students of 200 parameters, every width with draws of its own. Signal and noise are the same at every width: a
 wider student faces a wider teacher.
 """
 
@@ -35,7 +35,7 @@ from lightning_recipes.callbacks.diagnostics.generalization_dynamics import (
     optimal_stopping_time,
 )
 
-SEEDS, N, RATE, END = 6, 400, 0.1, 50.0
+SEEDS, N, RATE, END = 8, 200, 0.1, 50.0
 CURVES = (0.5, 1.0, 2.0)
 WIDTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 2.0, 4.0)
 """Alpha, samples a parameter; those of CURVES among them."""
