@@ -320,7 +320,10 @@ def test_the_monitor_forecasts_the_errors_of_a_student(alpha: float) -> None:
     assert now["frozen_frac"] == pytest.approx(max(0, 1 - alpha), abs=0.01)
     assert (now["mp_edge_lo"], now["mp_edge_hi"]) == edges(alpha)
     assert now["lambda_max"] == pytest.approx(now["mp_edge_hi"], rel=0.1)
-    assert now["t_star"] == pytest.approx(optimal_stopping_time(marchenko_pastur(alpha), SNR, 1.0), rel=0.25)
+    law = marchenko_pastur(alpha)
+    best = float(expected_test_error(optimal_stopping_time(law, SNR, 1.0), law, SNR, 1.0))
+    at_star = float(expected_test_error(now["t_star"], law, SNR, 1.0))
+    assert at_star < 1.05 * best, "stopping at the time that was found costs next to nothing"
     assert now["outside_update"] < 1e-5
     assert "forecast of the test error" in monitor.verdict
 
