@@ -349,11 +349,11 @@ def test_units_of_features_and_of_targets_change_no_figure_but_the_errors() -> N
 
 
 def test_stop_ends_a_fit_past_the_best_time() -> None:
-    monitor, _, _ = student(steps=200, stop=True, patience_factor=1.2, every_n_steps=1)
+    monitor, _, _ = student(steps=200, n=100, stop=True, patience_factor=1.2, every_n_steps=10)
     star = monitor.history.values["t_star"][-1]
     assert 1.2 * star < monitor.history.values["t"][-1] < 1.2 * star + 0.21
     assert monitor.verdict.startswith("Stop now")
-    went_on, _, _ = student(steps=60, every_n_steps=10)
+    went_on, _, _ = student(steps=60, n=100, every_n_steps=20)
     assert went_on.history.steps[-1] == 60
 
 
