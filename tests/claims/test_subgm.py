@@ -1,8 +1,8 @@
 """SubGM's claim: it finds the truth from a small start and not from a large one, whatever the rank that is set.
 
-The error with 20 columns comes out at 1.16 times that with 3 over the three seeds of the evidence. Signs near 0 make the
-last steps chaotic: rounding alone moves either error by a fifth. Over the two seeds here the factor is asserted to be
-below 2; from a large start it grows a thousandfold.
+The error with 20 columns comes out at 1.16 times that with 3 over the three seeds of the evidence. Signs near 0 make
+the last steps chaotic: rounding alone moves either error by a fifth. Over the two seeds here the factor is asserted to
+be below 2.
 """
 
 from statistics import mean
