@@ -58,6 +58,9 @@ OTHER = {"DataDiet": {"at_epoch": 3}, "PruneTrainSet": {"keep": 0.75}}
 
 
 class Stream(IterableDataset):
+    def __repr__(self) -> str:  # in the name of a test, which must be the same in every process
+        return "Stream()"
+
     def __iter__(self) -> Any:
         return iter(zip(X, Y))
 
