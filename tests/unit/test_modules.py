@@ -379,10 +379,14 @@ OFFLINE = [
     "digits_long_tailed",
     "digits_unlearnable",
     "class_incremental_digits",
+    "scole_digits",
     "char_lm",
     "text_classifier",
 ]
-LESS = {"digits_unlearnable": ["--data.init_args.steps=2", "--data.init_args.surrogate_epochs=1"]}
+LESS = {
+    "digits_unlearnable": ["--data.init_args.steps=2", "--data.init_args.surrogate_epochs=1"],
+    "scole_digits": ["--data.init_args.num_tasks=1"],
+}
 FEW_STEPS = [
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
