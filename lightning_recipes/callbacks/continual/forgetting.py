@@ -225,7 +225,8 @@ class ForgettingMonitor(Recipe):
         self._undo = watch_outputs(part, lambda logits: self._keep(plan.trainer, logits))
         plan.at_end(self._finish)
         data = supplied(plan.trainer)
-        self._stream = data[0] if data is not None and self.tasks is None and recur(self._tasks) else None
+        streams = data is not None and (recur(self._tasks) or hasattr(data[0], "phase_plan"))
+        self._stream = data[0] if streams and self.tasks is None else None
         size = 1 + max(up_to(self._tasks, len(self._tasks)))
         if self._stream is not None:
             size = self._stream.num_classes
