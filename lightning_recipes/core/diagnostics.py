@@ -328,11 +328,11 @@ class Monitor(Recipe):
 
     def forwards(self, trainer: pl.Trainer) -> int:
         """How many samples the next measurement runs the network on, on all ranks together, each run counted."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define forwards()")
 
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, float]:
         """Measure, silently; the same names every time, and the same values on every rank."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define measure()")
 
     def samples_in(self, batch: Any) -> int:
         """How many samples a training batch of one process has, in the units of :meth:`forwards`."""
@@ -344,7 +344,7 @@ class Monitor(Recipe):
 
     def conclude(self) -> str:
         """What the history comes to, in a sentence or two."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define conclude()")
 
     def picture(self, path: Path, title: str) -> None:
         """Draw what shows why."""

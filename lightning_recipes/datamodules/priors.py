@@ -52,7 +52,7 @@ class Prior:
         Returns:
             x float ``[T, B, F]`` and y float ``[T, B]``.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define sample()")
 
     def posterior(self, x: Tensor, y: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """The exact posterior predictive, a normal distribution of every query alone.
@@ -108,7 +108,7 @@ class GaussianPrior(Prior):
 
     def kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """Covariance of function values: ``[B, n, F]`` and ``[B, m, F]`` to ``[B, n, m]``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define kernel()")
 
     def inputs(self, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
         """x, float64 of that shape; uniform on [0, 1)."""
