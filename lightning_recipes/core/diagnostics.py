@@ -260,6 +260,7 @@ class _Run:
         last: the optimizer step up to which moments have been dealt with.
         tried: the last step that was to be measured, whether the budget allowed it or not.
         left_out: how often it did not; `skipped` are the first of those steps, `NAMED` at most.
+        passes: of the measurement that was tried last; in no checkpoint.
     """
 
     history: History = field(default_factory=History)
@@ -268,6 +269,7 @@ class _Run:
     tried: int = -1
     left_out: int = 0
     skipped: list[int] = field(default_factory=list)
+    passes: int = 0
 
 
 class Monitor(Recipe):
@@ -404,7 +406,8 @@ class Monitor(Recipe):
 
     def _look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         run, now = self._run, trainer.global_step
-        run.tried, passes = now, self.forwards(trainer)
+        run.tried = now
+        run.passes = passes = self.forwards(trainer)
         if self.budget is not None and not from_rank_zero(run.budget.allows(passes), trainer):
             run.left_out += 1
             run.skipped = [*run.skipped, now][:NAMED]
@@ -421,7 +424,12 @@ class Monitor(Recipe):
         if not self._begun or not (self.history.steps or run.left_out):
             return
         self._begun = False
-        said = [self.conclude()] if self.history.steps else ["Nothing was measured."]
+        if self.history.steps:
+            said = [self.conclude()]
+        else:
+            share = run.passes / max(TRAINED * run.budget.trained, 1)
+            remedy = "give a larger budget, a smaller probe or more steps"
+            said = [f"Nothing was measured: one measurement is {share:.2g} of this run's work; {remedy}."]
         said += [f"{limit[0].upper()}{limit[1:]}." for limit in self.limits]
         if run.left_out:
             where = ", ".join(map(str, run.skipped)) + (", ..." if run.left_out > NAMED else "")

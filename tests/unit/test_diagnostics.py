@@ -135,9 +135,13 @@ def test_what_the_budget_does_not_allow_is_left_out_and_said(caplog: pytest.LogC
 
 
 def test_a_budget_that_allows_nothing_is_said() -> None:
+    """4 steps of 4 samples are 48 passes, of which a measurement is an eighth."""
     monitor = Norm(budget=1e-9)
     fit(monitor, epochs=1)
-    assert monitor.verdict.startswith("Nothing was measured. 5 of 5 measurements were left out for budget=1e-09, at st")
+    assert monitor.verdict.startswith(
+        "Nothing was measured: one measurement is 0.12 of this run's work; give a larger budget, a smaller probe or"
+        " more steps. 5 of 5 measurements were left out for budget=1e-09, at st"
+    )
 
 
 def test_samples_are_counted_in_batches_of_any_form() -> None:
