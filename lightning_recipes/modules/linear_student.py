@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_recipes.core.random import generator
 from lightning_recipes.core.recipe import Paper
+from lightning_recipes.modules.on_pairs import OnPairs
 
 
 def true_test_error(weight: Tensor, teacher: Tensor, noise: float = 1.0) -> float:
@@ -28,7 +27,7 @@ def true_test_error(weight: Tensor, teacher: Tensor, noise: float = 1.0) -> floa
     return noise + float((weight.reshape(-1).double() - teacher.reshape(-1).double()).square().mean())
 
 
-class LinearStudent(LightningModule):
+class LinearStudent(OnPairs):
     """y = w x without a bias, by plain SGD on the mean squared error.
 
     Batches are (x ``[n, N]``, y ``[n]``). Logs train/loss and, for val and test, loss.
@@ -72,24 +71,6 @@ class LinearStudent(LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         """``[n, N]`` to ``[n]``."""
         return self.readout(x)[:, 0]
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        loss = F.mse_loss(self(x), y)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", *batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", *batch)
-
-    def _evaluate(self, stage: str, x: Tensor, y: Tensor) -> None:
-        self.log(f"{stage}/loss", F.mse_loss(self(x), y), prog_bar=True, batch_size=len(x), sync_dist=True)
-
-    def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self(batch if isinstance(batch, Tensor) else batch[0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)

@@ -14,12 +14,12 @@ clusters apart (:func:`odd_part`, :func:`even_part`).
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_recipes.core.random import generator
 from lightning_recipes.core.recipe import Paper
+from lightning_recipes.modules.on_pairs import OnPairs
 
 
 def first_step(w: Tensor, a: Tensor, x: Tensor, y: Tensor, alpha: float) -> Tensor:
@@ -50,7 +50,7 @@ def even_part(w: Tensor, a: Tensor, x: Tensor) -> Tensor:
     return (x @ w.T).abs() @ a / 2
 
 
-class TwoLayerReLU(LightningModule):
+class TwoLayerReLU(OnPairs):
     """f(x) = sum_j a_j relu(<w_j, x>) without biases, of which ``hidden`` trains by plain SGD and ``out`` does not.
 
     Batches are (x ``[n, p]``, y ``[n]``), y -1 and 1 in floating point or class indices 0 and 1. Logs train/loss and,
@@ -101,26 +101,13 @@ class TwoLayerReLU(LightningModule):
         """Mean of log(1 + exp(-y f))."""
         return F.soft_margin_loss(f, signed(y).to(f.dtype))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        loss = self.loss(self(x), y)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(x))
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", *batch)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", *batch)
-
-    def _evaluate(self, stage: str, x: Tensor, y: Tensor) -> None:
-        f = self(x)
-        right = ((f > 0) == (y > 0)).float().mean()
-        values = {f"{stage}/loss": self.loss(f, y), f"{stage}/acc": right}
-        self.log_dict(values, prog_bar=True, batch_size=len(x), sync_dist=True)
+    def measures(self, f: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Accuracy."""
+        return {"acc": ((f > 0) == (y > 0)).float().mean()}
 
     def predict_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self(batch if isinstance(batch, Tensor) else batch[0]).sigmoid()
+        """Probability of class 1, ``[n]``."""
+        return super().predict_step(batch, batch_idx).sigmoid()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.hidden.weight], lr=self.lr)
