@@ -882,7 +882,10 @@ class PruneTrainSet(Recipe):
 
     paper = PAPER
     does = "Trains on the most important part of the training set, by a file of scores."
-    use_when = "You have scores from DataDiet and want shorter epochs or less noise."
+    use_when = (
+        "You have scores from DataDiet and want shorter epochs or less noise. Keep the hardest only where the network"
+        " learns the task well; elsewhere as many at random are better."
+    )
     costs = "Nothing; an epoch is as much shorter as samples are left out."
     refuses: ClassVar[Mapping[str, str]] = {
         "DataDiet": "scores of a part of the training set are those of no whole one; score in a run of its own"
