@@ -58,12 +58,6 @@ from lightning_recipes.core.schedule import horizon
 from lightning_recipes.core.silence import gradients_allowed, modes_kept
 from lightning_recipes.core.step import observe
 
-PAPER = Paper(
-    "The Universality Lens: Why Even Highly Over-Parametrized Models Learn Well",
-    "M. Feder, R. Urbanke, Y. Fogel",
-    2025,
-    "https://arxiv.org/abs/2506.07661",
-)
 STAGES = ("val", "test", "predict")
 SUMMED = 50.0
 """A first loss so many times that of guessing is no mean over a batch."""
@@ -178,7 +172,12 @@ class LangevinMixture(Recipe):
             evaluation without samples, or of a module that they do not fit.
     """
 
-    paper = PAPER
+    paper = Paper(
+        "The Universality Lens: Why Even Highly Over-Parametrized Models Learn Well",
+        "M. Feder, R. Urbanke, Y. Fogel",
+        2025,
+        "https://arxiv.org/abs/2506.07661",
+    )
     does = "Samples networks by SGD with Langevin noise and predicts by the mean of their probabilities."
     use_when = "Labels are noisy or data few, and you want calibrated probabilities rather than one over-confident net."
     costs = "One normal number a parameter and step; a copy of the weights a sample; as many forward passes to predict."
