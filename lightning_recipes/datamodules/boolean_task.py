@@ -51,7 +51,7 @@ def draw_task(bits: int, rule: str, noise: float, n: int, draws: torch.Generator
 
 
 class BooleanTaskDataModule(DataModule):
-    """A Boolean rule of some bits with noisy training labels; every input once, with clean labels, to validate and test.
+    """A Boolean rule of some bits with noisy training labels; every input once, with clean ones, to validate and test.
 
     Args:
         bits: of an input.

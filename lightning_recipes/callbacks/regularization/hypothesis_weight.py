@@ -53,6 +53,7 @@ from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.evaluation import apart, as_a_step_gets_it, decide
 from lightning_recipes.core.gradients import global_norm
 from lightning_recipes.core.noise import add_noise_
+from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.probe import Samples, samples_at_hand, samples_of, some_of
 from lightning_recipes.core.recipe import Paper
 from lightning_recipes.core.step import observe
@@ -332,9 +333,15 @@ class HypothesisWeightMonitor(Monitor):
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
+    def declare(self, plan: Plan) -> None:
+        super().declare(plan)
+        if plan.fitting and not plan.module.automatic_optimization:
+            raise RecipeError(
+                "runs the module's training step to look at it, and needs automatic optimization: under manual"
+                " optimization that step trains"
+            )
+
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not module.automatic_optimization:
-            raise RecipeError("runs the module's training step to look at it, which under manual optimization trains")
         self._size = samples_at_hand(trainer).total
         if self._size < 3 * rank_and_world()[1]:
             raise RecipeError(f"needs at least 3 training samples on each rank; there are {self._size}")
@@ -412,7 +419,6 @@ class HypothesisWeightMonitor(Monitor):
     def _loss(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, number: int) -> Tensor:
         return observe(trainer, module, batch, number, self.criterion).loss
 
-    @torch.no_grad()
     def _star(
         self,
         trainer: pl.Trainer,
@@ -435,8 +441,9 @@ class HypothesisWeightMonitor(Monitor):
             torch._foreach_div_(direction, float(global_norm(direction)))
 
             def divergence(r: float, direction: list[Tensor] = direction) -> float:
-                torch._foreach_copy_(weights, centre)
-                torch._foreach_add_(weights, direction, alpha=r)
+                with torch.no_grad():
+                    torch._foreach_copy_(weights, centre)
+                    torch._foreach_add_(weights, direction, alpha=r)
                 sums = torch.zeros(2, dtype=torch.float64, device=module.device)
                 for p, q in zip(here, predictions(), strict=True):
                     sums[0] += (p.exp() * (p - q)).sum()

@@ -185,7 +185,7 @@ class LangevinMixture(Recipe):
     free_on_resume = frozenset({"evaluate"})
     _REFUSES: ClassVar[Mapping[str, str]] = {
         "GradientNoise": "both add noise, and what is sampled at two temperatures follows neither law",
-        "NormalizedGD": "a step length that follows the loss samples no posterior",
+        "NormalizedGD": "its factor assumes the plain gradient",
         **dict.fromkeys(("WiSEFT", "BANG", "EMA"), "both decide with which weights the network is evaluated"),
         **dict.fromkeys(
             ("BackdoorAdjustment", "AdaptiveSmoothing", "EnsembleEvaluation"),

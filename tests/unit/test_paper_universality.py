@@ -1,0 +1,46 @@
+"""The command that draws regret against samples goes through, and what it has written is what the bound says."""
+
+from __future__ import annotations
+
+import json
+import math
+from statistics import mean
+
+import pytest
+
+from benchmarks.papers import universality
+
+
+def test_the_universality_command_writes_and_draws(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(universality, "WIDTHS", {2: 3000, 8: 2500})
+    path, picture = tmp_path / "found.json", tmp_path / "found.png"
+    assert universality.main(["--seeds", "2", "--output", str(path), "--picture", str(picture)]) == 0
+    found = json.loads(path.read_text())
+    assert found["seeds"] == 2 and list(found["width"]) == ["2", "8"]
+    for each in found["width"].values():
+        assert len(each["constant"]["regret"]["128"]) == 2
+        assert each["constant"]["neg_log_w"] == each["constant"]["bound"] > 0
+    assert picture.stat().st_size > 1000
+    assert "-log W" in capsys.readouterr().out
+
+
+def test_networks_compute_what_they_compute():
+    table, counts = universality.functions(8, 1000)
+    assert counts.sum() == 1000 and table.shape == (len(counts), 32)
+    assert len(table.unique(dim=0)) == len(table)
+    assert universality.parameters(8) == 57 and universality.parameters(512) == 3585
+
+
+def test_the_universality_figures_on_file_are_those_of_the_card():
+    found = json.loads(universality.RESULTS.read_text(encoding="utf-8"))["width"]
+    assert list(found) == ["8", "64", "512"]
+    ends = {rule: [mean(each[rule]["regret"]["128"]) for each in found.values()] for rule in universality.RULES}
+    for rule in ("constant", "first_bit", "majority"):
+        for each in found.values():
+            assert mean(each[rule]["regret"]["128"]) < each[rule]["neg_log_w"], "the bound"
+        assert abs(ends[rule][2] / ends[rule][0] - 1) < 0.2, "63 times as many parameters cost next to nothing"
+    for number, each in enumerate(found.values()):
+        assert each["parity"]["neg_log_w"] is None, "never drawn"
+        order = [ends[rule][number] for rule in ("constant", "first_bit", "majority", "parity")]
+        assert order == sorted(order) and order[3] > math.log(each["draws"])
