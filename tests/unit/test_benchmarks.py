@@ -158,6 +158,7 @@ def test_what_the_loops_add_to_plain_training_acts_on_the_data_of_these_tests(sa
         (loops.mixing, resnet, {"prob": 0.0}),
         (loops.wise_ft, resnet, {"alpha": 1.0}),
         (loops.noisy, resnet, {"eta": 0.0}),
+        (loops.langevin, resnet, {"temperature": 0.0}),
         (loops.self_distillation, resnet, {"alpha": 0.0}),
         (partial(loops.self_distillation, table=False), resnet, {"alpha": 0.0}),
         (loops.drop_block, resnet, {"first": 0.0, "last": 0.0}),

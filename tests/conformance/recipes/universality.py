@@ -161,13 +161,13 @@ def of_monitor() -> list[Misuse]:
             "needs at least 3 training samples on each rank; there are 2",
             make,
             data=lambda: loader(X[:2], Y[:2]),
-        ),  # fmt: skip
+        ),
         monitor(
             "data that are no DataLoader",
             "needs the training data as one DataLoader",
             make,
             data=lambda: [(X[:4], Y[:4])] * 4,
-        ),  # fmt: skip
+        ),
     ]
 
 
