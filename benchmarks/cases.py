@@ -296,8 +296,8 @@ CASES: dict[str, Case] = {
         lambda net, batches, amp: loops.langevin(net, batches, amp),
         optimizer=partial(SGD, lr=0.01),
     ),
-    # A chain of two steps on 16 samples, and those once more, every ten steps: a share that is counted, at a batch of 32,
-    # as 12 % of the run's work.
+    # A chain of two steps on 16 samples, and those once more, every ten steps: a share that is counted, at a batch of
+    # 32, as 12 % of the run's work.
     "HypothesisWeightMonitor, every 10 steps": Case(
         "resnet",
         lambda: [

@@ -7,8 +7,12 @@ import math
 from statistics import mean
 
 import pytest
+import torch
 
 from benchmarks.papers import universality
+from lightning_recipes.callbacks.regularization.hypothesis_weight import cumulative_log_loss
+from lightning_recipes.core.random import generator
+from lightning_recipes.datamodules.boolean_task import RULES, all_inputs, draw_task
 
 
 def test_the_universality_command_writes_and_draws(tmp_path, monkeypatch, capsys):
@@ -30,6 +34,17 @@ def test_networks_compute_what_they_compute():
     assert counts.sum() == 1000 and table.shape == (len(counts), 32)
     assert len(table.unique(dim=0)) == len(table)
     assert universality.parameters(8) == 57 and universality.parameters(512) == 3585
+
+
+def test_the_regret_is_the_code_length_less_that_of_the_rule():
+    table, counts = universality.functions(8, 500)
+    places, labels = draw_task(5, "majority", 0.1, 128, generator("universality", "majority", 3))
+    value = torch.tensor([math.log(0.1), math.log(0.9)], dtype=torch.float64)
+    each = value[(table[:, places] == labels.bool()).long()]
+    truth = value[(RULES["majority"][1](all_inputs(5))[places] == labels.bool()).long()].cumsum(0)
+    expected = cumulative_log_loss(each, (counts / counts.sum()).double().log()) + truth
+    shown = torch.tensor(universality.SHOWN) - 1
+    assert torch.allclose(universality.regrets(table, counts, "majority", 3), expected[shown], atol=1e-5)
 
 
 def test_the_universality_figures_on_file_are_those_of_the_card():
