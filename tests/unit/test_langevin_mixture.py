@@ -124,15 +124,6 @@ def test_a_reservoir_keeps_early_and_late_alike():
     assert share[:20].mean() == pytest.approx(0.2, abs=0.02)
 
 
-def test_noise_of_one_deviation_a_tensor_is_the_same_draw_scaled():
-    plain, scaled, on_device = ([torch.zeros(3), torch.zeros(2, 2)] for _ in range(3))
-    add_noise_(plain, 1.0, "a", 1)
-    add_noise_(scaled, [2.0, 0.5], "a", 1)
-    add_noise_(on_device, [torch.tensor(2.0), 0.5], "a", 1)
-    assert torch.equal(scaled[0], 2 * plain[0]) and torch.equal(scaled[1], plain[1] / 2)
-    assert all(torch.equal(a, b) for a, b in zip(scaled, on_device, strict=True))
-
-
 # -- the law ---------------------------------------------------------------------------------------------------------
 
 
