@@ -5,10 +5,11 @@ Boolean functions they compute, and lets the Bayes mixture of them learn four ru
 flipped (half a minute on one core). It prints a table, draws ``universality.png`` and writes ``universality.json``
 beside this file. Nothing is downloaded.
 
-A network predicts the sign of its output and allows for the flips. What it weighs is the share of all drawn networks
-that compute the same function: -log of that bounds the cumulative regret at every n, whether the networks have 57
-parameters or 3,585. A function that no draw computed (the parity of two bits) has too little weight to be counted; the
-mixture then pays for ever, as the nearest functions are wrong on some inputs.
+A network predicts the sign of its output and allows for the flips. What it weighs is the share of all networks that
+compute the same function: -log of that bounds the cumulative regret at every n, whether the networks have 57 parameters
+or 3,585. A rule has the weight of every other that differs from it by the order or the sign of the bits only, so the
+draws that hit any of those are shared out among them. The parity of two bits is hit by no draw: its weight is too small
+to be counted, and the mixture pays for ever, as the nearest functions are wrong on some inputs.
 
 Weights are N(0, 1 / fan-in), hidden and output biases N(0, 0.25). Mean and standard deviation are over streams of
 samples; the networks are drawn once a width.
@@ -17,6 +18,7 @@ samples; the networks are drawn once a width.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -71,6 +73,38 @@ def functions(width: int, draws: int) -> tuple[Tensor, Tensor]:
     return (found[:, None] & powers) > 0, counts
 
 
+def alike(rule: str) -> Tensor:
+    """All functions that are the rule but for the order and the sign of the bits, bool ``[functions, 2^bits]``: random
+    networks compute each equally often, whose first weights have a law that knows neither."""
+    x, true = all_inputs(BITS), RULES[rule][1](all_inputs(BITS))
+    powers = 2 ** torch.arange(BITS - 1, -1, -1)
+    images = []
+    for order in itertools.permutations(range(BITS)):
+        for signs in x:  # as many signs as inputs
+            images.append(true[(((x[:, order] * signs) > 0).long() * powers).sum(1)])
+    found = torch.stack(images).unique(dim=0)
+    return torch.cat([found, ~found]).unique(dim=0)  # nor does the law of the last ones know the sign of the output
+
+
+def shared_out(table: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The same functions and counts, in which what hit any of those that are alike counts equally for all of them.
+
+    Returns:
+        functions bool ``[functions, 2^bits]``, and counts fp64 ``[functions]`` with the same sum.
+    """
+    powers = 2 ** torch.arange(2**BITS)
+    codes, counts = (table * powers).sum(1), counts.double()
+    for rule in RULES:
+        family = alike(rule)
+        members = (family * powers).sum(1)
+        hit = torch.isin(codes, members)
+        if hit.any():
+            mean_count = counts[hit].sum() / len(members)
+            codes = torch.cat([codes[~hit], members])
+            counts = torch.cat([counts[~hit], mean_count.expand(len(members))])
+    return (codes[:, None] & powers) > 0, counts
+
+
 def regrets(table: Tensor, counts: Tensor, rule: str, stream: int) -> Tensor:
     """Cumulative regret of the mixture over the rule itself after the samples of `SHOWN`: ``[len(SHOWN)]``, in nats.
 
@@ -89,16 +123,16 @@ def regrets(table: Tensor, counts: Tensor, rule: str, stream: int) -> Tensor:
 
 
 def weight(table: Tensor, counts: Tensor, rule: str) -> float | None:
-    """-log of the share of networks that compute the rule; None where none does."""
+    """-log of the share of networks that compute the rule; None where none computes it or one alike."""
     same = (table == RULES[rule][1](all_inputs(BITS))).all(1)
-    return math.log(int(counts.sum()) / int(counts[same].sum())) if same.any() else None
+    return math.log(float(counts.sum() / counts[same].sum())) if same.any() else None
 
 
 def run(streams: int) -> dict[str, dict[str, Any]]:
     """By width and rule: -log weight, the bound at the last sample, and the regret at those shown, stream by stream."""
     results: dict[str, dict[str, Any]] = {}
     for width, draws in tqdm(WIDTHS.items(), "width", unit="width"):
-        table, counts = functions(width, draws)
+        table, counts = shared_out(*functions(width, draws))
         found = results[str(width)] = {"parameters": parameters(width), "draws": draws, "functions": len(counts)}
         for rule in RULES:
             cost = weight(table, counts, rule)

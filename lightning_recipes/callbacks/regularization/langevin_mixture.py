@@ -59,6 +59,7 @@ from lightning_recipes.core.silence import gradients_allowed, modes_kept
 from lightning_recipes.core.step import observe
 
 STAGES = ("val", "test", "predict")
+_LOW = "{} is of 16 bits, in which noise as small as this is rounded away; use precision='32-true' or a mixed one"
 SUMMED = 50.0
 """A first loss so many times that of guessing is no mean over a batch."""
 
@@ -281,6 +282,8 @@ class LangevinMixture(Recipe):
                     f"LangevinMixture and {type(other).__name__} cannot share a Trainer: both decide with which weights"
                     " the network is evaluated"
                 )
+        if str(plan.trainer.precision) in ("bf16-true", "16-true"):
+            raise RecipeError(_LOW.format(f"with precision={plan.trainer.precision!r} every weight"))
         plan.after_surgery(self._look)
         plan.edit_gradients(self._pull, "after_clip", once=True)
         plan.after_step(self._stepped)
@@ -301,10 +304,7 @@ class LangevinMixture(Recipe):
         trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
         low = [name for name, p in trained if p.dtype in (torch.bfloat16, torch.half)]
         if low:
-            raise RecipeError(
-                f"LangevinMixture: {low[0]!r} is of 16 bits, in which noise as small as this is rounded away; use"
-                " precision='32-true' or a mixed one"
-            )
+            raise RecipeError(f"LangevinMixture: {_LOW.format(repr(low[0]))}")
         for name, part in pl_module.named_modules():
             weight = getattr(part, "weight", None)
             if getattr(part, "sparse", False) is True and isinstance(weight, Tensor) and weight.requires_grad:
