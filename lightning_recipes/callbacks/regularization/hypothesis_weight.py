@@ -337,8 +337,8 @@ class HypothesisWeightMonitor(Monitor):
         super().declare(plan)
         if plan.fitting and not plan.module.automatic_optimization:
             raise RecipeError(
-                "HypothesisWeightMonitor runs the module's training step to look at it, and needs automatic optimization:"
-                " under manual optimization that step trains"
+                "HypothesisWeightMonitor runs the module's training step to look at it, and needs automatic"
+                " optimization: under manual optimization that step trains"
             )
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
