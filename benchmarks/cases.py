@@ -35,7 +35,9 @@ from lightning_recipes.callbacks import (
     GrokkingMonitor,
     GroupMask,
     Guidance,
+    HypothesisWeightMonitor,
     InsertAttention,
+    LangevinMixture,
     LogitAdjustment,
     Mixup,
     NormalizedGD,
@@ -286,6 +288,21 @@ CASES: dict[str, Case] = {
         lambda: [GradientNoise()],
         lambda: [GradientNoise(0.0)],
         lambda net, batches, amp: loops.noisy(net, batches, amp),
+    ),
+    "LangevinMixture": Case(
+        "resnet",
+        lambda: [LangevinMixture(train_size=1000, burn_in_steps=0, sample_every=4, max_samples=2, evaluate=[])],
+        lambda: [LangevinMixture(0.0)],
+        lambda net, batches, amp: loops.langevin(net, batches, amp),
+        optimizer=partial(SGD, lr=0.01),
+    ),
+    # A chain of two steps on 16 samples, and those once more, every ten steps: a share that is counted, at a batch of
+    # 32, as 12 % of the run's work.
+    "HypothesisWeightMonitor, every 10 steps": Case(
+        "resnet",
+        lambda: [
+            HypothesisWeightMonitor(n_probe=16, n_draws=2, every_n_steps=10, geometric_steps=False, budget=None),
+        ],
     ),
     # 32 samples more a step: a share that is counted, at a batch of 32, as a third of the run's work.
     "GrokkingMonitor, every step": Case(

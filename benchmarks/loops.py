@@ -502,6 +502,35 @@ def noisy(net: nn.Module, batches: Batches, amp: Amp = nullcontext, eta: float =
         optimizer.step()
 
 
+def langevin(
+    net: nn.Module,
+    batches: Batches,
+    amp: Amp = nullcontext,
+    lr: float = 0.01,
+    size: int = 1000,
+    prior_std: float = 0.2,
+    temperature: float = 1.0,
+    every: int = 4,
+) -> None:
+    """SGD with a Gaussian prior and Langevin noise; every few steps the weights are copied to main memory."""
+    parameters, samples = trained(net), []
+    optimizer = torch.optim.SGD(parameters, lr=lr)
+    net.train()
+    for number, (x, y) in enumerate(batches, 1):
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            torch._foreach_add_([p.grad for p in parameters], parameters, alpha=temperature / (size * prior_std**2))
+            optimizer.step()
+            noise = [torch.randn_like(p) for p in parameters]
+            torch._foreach_add_(parameters, noise, alpha=math.sqrt(2 * lr * temperature / size))
+        if number % every == 0:
+            sample = {name: value.to("cpu", copy=True) for name, value in net.state_dict().items()}
+            samples = [*samples[-1:], sample]
+
+
 def watched(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 16) -> None:
     """Accuracy on a few samples after every step, of a training and of a validation set, in eval mode."""
     optimizer, kept = AdamW(trained(net)), None

@@ -27,6 +27,8 @@ from lightning_recipes.callbacks.finetuning.progressive_unfreezing import Progre
 from lightning_recipes.callbacks.finetuning.projection_head import ProjectionHead
 from lightning_recipes.callbacks.regularization.gradient_noise import GradientNoise
 from lightning_recipes.callbacks.regularization.guidance import Guidance
+from lightning_recipes.callbacks.regularization.hypothesis_weight import HypothesisWeightMonitor
+from lightning_recipes.callbacks.regularization.langevin_mixture import LangevinMixture
 from lightning_recipes.callbacks.regularization.normalized_gd import NormalizedGD
 from lightning_recipes.callbacks.regularization.ps_kd import PSKD
 from lightning_recipes.callbacks.resume.exact_resume import ExactResume
@@ -65,8 +67,10 @@ __all__ = [
     "GrokkingMonitor",
     "GroupMask",
     "Guidance",
+    "HypothesisWeightMonitor",
     "InContextPrediction",
     "InsertAttention",
+    "LangevinMixture",
     "LogitAdjustment",
     "LongTailMonitor",
     "Mixup",

@@ -71,31 +71,48 @@ class FrozenCopy:
     @contextmanager
     def worn(self) -> Iterator[None]:
         """The module has the copy's weights inside, and its own again afterwards."""
-        module = self._module
-        live = [*module.named_parameters(), *module.named_buffers()]
-        for name, value in live:  # a checkpoint is read before Lightning moves the module to its device
-            held = self._tensors.get(name)
+        for name, value in [*self._module.named_parameters(), *self._module.named_buffers()]:
+            held = self._tensors.get(name)  # a checkpoint is read before Lightning moves the module to its device
             if held is not None and held.device != value.device:
                 self._tensors[name] = _frozen(value, held.detach().to(value.device))
-        of = {id(value): self._tensors[name] for name, value in live if name in self._tensors}
-        aside: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
-        recurrent: list[tuple[nn.RNNBase, list[Any]]] = []
-        try:
-            for part in module.modules():
-                for table in (part._parameters, part._buffers):
-                    for name, value in table.items():
-                        if id(value) in of:
-                            aside.append((table, name, value))
-                            table[name] = of[id(value)]
-                if isinstance(part, nn.RNNBase):  # keeps a list of its weights
-                    recurrent.append((part, part._flat_weights))
-                    part._flat_weights = [getattr(part, name, None) for name in part._flat_weights_names]
+        with wearing(self._module, self._tensors):
             yield
-        finally:
-            for table, name, value in aside:
-                table[name] = value
-            for part, weights in recurrent:
-                part._flat_weights = weights
+
+
+@contextmanager
+def wearing(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module has other parameters and buffers inside, and its own again afterwards.
+
+    Its own are put aside, not written over: a graph that holds them lives on, and they come back bit for bit.
+
+    Args:
+        module: tied tensors change together.
+        tensors: by name, on the module's device; names that the module does not have are passed over.
+    """
+    live = [*module.named_parameters(), *module.named_buffers()]
+    of = {id(value): _of_kind(value, tensors[name]) for name, value in live if name in tensors}
+    aside: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    recurrent: list[tuple[nn.RNNBase, list[Any]]] = []
+    try:
+        for part in module.modules():
+            for table in (part._parameters, part._buffers):
+                for name, value in table.items():
+                    if id(value) in of:
+                        aside.append((table, name, value))
+                        table[name] = of[id(value)]
+            if isinstance(part, nn.RNNBase):  # keeps a list of its weights
+                recurrent.append((part, part._flat_weights))
+                part._flat_weights = [getattr(part, name, None) for name in part._flat_weights_names]
+        yield
+    finally:
+        for table, name, value in aside:
+            table[name] = value
+        for part, weights in recurrent:
+            part._flat_weights = weights
+
+
+def _of_kind(like: Tensor, value: Tensor) -> Tensor:
+    return value if isinstance(value, Parameter) == isinstance(like, Parameter) else _frozen(like, value)
 
 
 def _frozen(like: Tensor, value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from lightning_recipes.datamodules.arrays import ArrayDataModule
 from lightning_recipes.datamodules.base import DataModule
+from lightning_recipes.datamodules.boolean_task import BooleanTaskDataModule
 from lightning_recipes.datamodules.class_incremental import ClassIncrementalDataModule
 from lightning_recipes.datamodules.digits import DigitsDataModule
 from lightning_recipes.datamodules.domains import DomainDataModule, RotatedDigitsDataModule
@@ -24,6 +25,7 @@ from lightning_recipes.datamodules.xor_clusters import XORClusterDataModule
 
 __all__ = [
     "ArrayDataModule",
+    "BooleanTaskDataModule",
     "ByteTokenizer",
     "CharDataModule",
     "ClassIncrementalDataModule",

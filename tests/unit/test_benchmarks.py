@@ -19,7 +19,7 @@ from benchmarks import cases, loops, turns
 from benchmarks.cases import CASES, build
 from benchmarks.turns import Settings
 from lightning_recipes.callbacks.adapters import sara
-from lightning_recipes.callbacks.regularization import gradient_noise
+from lightning_recipes.core import noise
 from lightning_recipes.core.adapters import Adapters
 from lightning_recipes.core.mixing import Mix, Mixing
 from lightning_recipes.core.step import Step
@@ -64,7 +64,7 @@ def same_noise(monkeypatch):
         return Mix(*loops.mix(x.shape[-1], len(x), mixing.kind == "cutmix", alpha, mixing.prob))
 
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.arange(1.0, x.numel() + 1).sin().view(x.shape))
-    monkeypatch.setattr(gradient_noise, "normal_like", lambda tensors, _: [torch.randn_like(t) for t in tensors])
+    monkeypatch.setattr(noise, "normal_like", lambda tensors, _: [torch.randn_like(t) for t in tensors])
     monkeypatch.setattr(Mixing, "_decide", mix_by_hand)
     monkeypatch.setattr(Step, "uniform", lambda self, recipe, seed, stream, like: torch.rand_like(like))
     monkeypatch.setattr(sara, "drawn", lambda seed, step, count: step % count)
@@ -158,6 +158,7 @@ def test_what_the_loops_add_to_plain_training_acts_on_the_data_of_these_tests(sa
         (loops.mixing, resnet, {"prob": 0.0}),
         (loops.wise_ft, resnet, {"alpha": 1.0}),
         (loops.noisy, resnet, {"eta": 0.0}),
+        (loops.langevin, resnet, {"temperature": 0.0}),
         (loops.self_distillation, resnet, {"alpha": 0.0}),
         (partial(loops.self_distillation, table=False), resnet, {"alpha": 0.0}),
         (loops.drop_block, resnet, {"first": 0.0, "last": 0.0}),

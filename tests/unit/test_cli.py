@@ -146,6 +146,7 @@ def test_recipes_are_the_public_callbacks_and_the_modules_that_a_paper_brings():
     assert sorted(name for name in found if name not in callbacks.__all__) == [
         "AdaptiveSmoothingModule",
         "BalancedCNN",
+        "BooleanTaskDataModule",
         "DualInputOutput",
         "LinearStudent",
         "LowRankRecovery",

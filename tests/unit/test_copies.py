@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_recipes.core.copies import FrozenCopy
+from lightning_recipes.core.copies import FrozenCopy, wearing
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.recipe import StepRecipe
 from tests.stock import Classifier, loader, mlp, quiet, samples
@@ -90,6 +90,18 @@ def test_they_come_back_after_an_error_too() -> None:
     with pytest.raises(RuntimeError, match="in the middle"), frozen.worn():
         raise RuntimeError("in the middle")
     assert module.embed.weight is own
+
+
+def test_other_weights_of_some_names_are_worn_and_may_be_asked_for_a_gradient() -> None:
+    net = mlp()
+    own, before = dict(net.named_parameters()), {n: p.detach().clone() for n, p in net.named_parameters()}
+    worn = {"4.bias": torch.full((3,), 7.0), "0.weight": nn.Parameter(torch.zeros(5, 6)), "nobody": torch.ones(1)}
+    with wearing(net, worn):
+        assert torch.equal(net[4].bias, worn["4.bias"]) and isinstance(net[4].bias, nn.Parameter)
+        assert net[0].weight is worn["0.weight"] and net[2].weight is own["2.weight"]
+        (found,) = torch.autograd.grad(net(torch.ones(2, 6)).sum(), [worn["0.weight"]])
+        assert found.shape == (5, 6)
+    assert all(p is own[n] and torch.equal(p, before[n]) for n, p in net.named_parameters())
 
 
 def test_it_needs_no_gradient_and_is_none_of_the_optimizers() -> None:

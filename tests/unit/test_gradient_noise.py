@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
-from lightning_recipes.callbacks import GradientNoise, ProgressiveUnfreezing
-from lightning_recipes.callbacks.regularization import gradient_noise
-from lightning_recipes.callbacks.regularization.gradient_noise import add_noise_, deviation, normal_like
+from lightning_recipes.callbacks import GradientNoise, LangevinMixture, ProgressiveUnfreezing
+from lightning_recipes.callbacks.regularization.gradient_noise import deviation
+from lightning_recipes.core import noise
 from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.noise import add_noise_, normal_like
 from lightning_recipes.core.random import generator
-from lightning_recipes.core.recipe import Recipe
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(16)
@@ -103,8 +103,8 @@ def test_a_large_network_is_drawn_in_portions(monkeypatch):
         sizes.append([t.numel() for t in tensors])
         return normal_like(tensors, generator)
 
-    monkeypatch.setattr(gradient_noise, "normal_like", watched)
-    monkeypatch.setattr(gradient_noise, "_AT_ONCE", 100)
+    monkeypatch.setattr(noise, "normal_like", watched)
+    monkeypatch.setattr(noise, "_AT_ONCE", 100)
     tensors = [torch.zeros(n) for n in (60, 40, 1, 250, 99)]
     add_noise_(tensors, 1.0, 0)
     assert sizes == [[60, 40], [1], [250], [99]]
@@ -187,7 +187,7 @@ def test_start_and_stop_bound_the_noise_and_steps_count_from_0_all_the_same():
 
 
 def test_eta_0_draws_nothing_and_trains_bitwise_as_without(monkeypatch):
-    monkeypatch.setattr(gradient_noise, "normal_like", None)
+    monkeypatch.setattr(noise, "normal_like", None)
     plain, off = Classifier(), Classifier()
     fit(plain)
     fit(off, GradientNoise(eta=0.0))
@@ -376,13 +376,9 @@ def test_sparse_gradients_are_refused_where_they_would_get_noise():
     fit(Words(sparse=False), GradientNoise())
 
 
-class LangevinMixture(Recipe):
-    pass
-
-
 def test_a_second_source_of_noise_is_refused_by_its_name():
     for callbacks in ([LangevinMixture(), GradientNoise()], [GradientNoise(), LangevinMixture()]):
-        with pytest.raises(RecipeError, match="GradientNoise and LangevinMixture cannot share a Trainer"):
+        with pytest.raises(RecipeError, match=r"LangevinMixture.* cannot share a Trainer: both add noise"):
             fit(Classifier(), *callbacks)
 
 

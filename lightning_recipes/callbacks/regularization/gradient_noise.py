@@ -20,7 +20,7 @@ the learning rate; keep weight decay, or a short `stop_step`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import sqrt
 from typing import Any, ClassVar
 
@@ -30,66 +30,20 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_recipes.core import random, select
+from lightning_recipes.core import select
 from lightning_recipes.core.errors import RecipeError, check_argument
 from lightning_recipes.core.gradients import global_norm, optimized
+from lightning_recipes.core.noise import add_noise_
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Paper, Recipe
 from lightning_recipes.core.step import prefix
 
-_AT_ONCE = 2**22  # numbers drawn at once
 _DROWNED, _STEPS = 100.0, 50  # noise so many times the gradient, for so many steps, is worth a word
 
 
 def deviation(step: int, eta: float, gamma: float) -> float:
     """sigma_t, the standard deviation of the noise at an optimizer step, counted from 0."""
     return sqrt(eta) * (1 + step) ** (-gamma / 2)
-
-
-@torch.no_grad()
-def add_noise_(gradients: Sequence[Tensor], sigma: float, *key: int | str) -> None:
-    """Add N(0, sigma^2) to every element, in place.
-
-    Drawn in fp32 at least, one after the other in the order given.
-
-    Args:
-        gradients: dense tensors, of any devices and dtypes.
-        sigma: standard deviation.
-        key: of the draws: the same key, order, shapes and kind of device give the same numbers.
-    """
-    for number, group in enumerate(_alike(gradients)):
-        generator = random.generator(*key, number, device=group[0].device)
-        for some in _portions(group):
-            torch._foreach_add_(some, normal_like(some, generator), alpha=sigma)
-
-
-def normal_like(tensors: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
-    """Standard normal numbers of the shapes, the device and the dtype of these tensors, in one draw."""
-    first, sizes = tensors[0], [t.numel() for t in tensors]
-    wide = torch.promote_types(first.dtype, torch.float32)
-    drawn = torch.randn(sum(sizes), generator=generator, device=first.device, dtype=wide).to(first.dtype)
-    return [part.view(t.shape) for part, t in zip(drawn.split(sizes), tensors)]
-
-
-def _alike(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Groups of one device and dtype, in the order of their first members."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for t in tensors:
-        groups.setdefault((t.device, t.dtype), []).append(t)
-    return list(groups.values())
-
-
-def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in turn, as many together as :data:`_AT_ONCE` elements hold, or one that is larger."""
-    some, size = [], 0
-    for t in tensors:
-        if some and size + t.numel() > _AT_ONCE:
-            yield some
-            some, size = [], 0
-        some.append(t)
-        size += t.numel()
-    if some:
-        yield some
 
 
 class GradientNoise(Recipe):

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_recipes.callbacks import AdaptiveSmoothing, BackdoorAdjustment
-from lightning_recipes.core.recipe import Recipe
+from lightning_recipes.callbacks import AdaptiveSmoothing, BackdoorAdjustment, LangevinMixture
 from tests.conformance.misuse import Misuse, argument
 from tests.conformance.table import Row
 from tests.stock import Classifier, mlp
@@ -23,10 +22,6 @@ ROWS = [
 MEMBERS = {"AdaptiveSmoothing": lambda: AdaptiveSmoothing(**PARTNER)}
 REFUSED = {("AdaptiveSmoothing", "BackdoorAdjustment"): "both replace the outputs at evaluation"}
 OTHER = {"AdaptiveSmoothing": {"alpha": 0.7}}
-
-
-class LangevinMixture(Recipe):
-    """Stands for another owner of the outputs."""
 
 
 def shared() -> Classifier:

@@ -12,8 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import LBFGS, AdamW
 
-from lightning_recipes.callbacks import GradientNoise, NormalizedGD
-from lightning_recipes.core.recipe import Recipe
+from lightning_recipes.callbacks import GradientNoise, LangevinMixture, NormalizedGD
 from tests.conformance.misuse import SAM, Misuse, argument, saved, stepped_by
 from tests.conformance.table import Row, small_vit
 from tests.stock import Classifier
@@ -36,10 +35,6 @@ ROWS = [
 MEMBERS = {"GradientNoise": lambda: GradientNoise(0.001)}
 AUTOMATIC = ["GradientNoise"]
 OTHER = {"GradientNoise": {"gamma": 0.25}}
-
-
-class LangevinMixture(Recipe):
-    """Stands for the other recipe that adds noise to gradients."""
 
 
 class Words(Classifier):
@@ -125,7 +120,7 @@ def misuses() -> list[Misuse]:
         noise(
             "another recipe that adds noise",
             "GradientNoise and LangevinMixture cannot share a Trainer: both add noise",
-            lambda: [LangevinMixture(), GradientNoise()],
+            lambda: [GradientNoise(), LangevinMixture()],
         ),
         noise(
             "a recipe after it that scales the gradient",

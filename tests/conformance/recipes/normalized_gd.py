@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import LBFGS, Adam, RMSprop
 
-from lightning_recipes.callbacks import PSKD, Mixup, NormalizedGD
-from lightning_recipes.core.recipe import Recipe, StepRecipe
+from lightning_recipes.callbacks import PSKD, LangevinMixture, Mixup, NormalizedGD
+from lightning_recipes.core.recipe import StepRecipe
 from tests.conformance.misuse import (
     SAM,
     Hidden,
@@ -50,10 +50,6 @@ REFUSED = {
 }
 AUTOMATIC = ["NormalizedGD"]
 OTHER = {"NormalizedGD": {"max_beta": 100.0}}
-
-
-class LangevinMixture(Recipe):
-    """Stands for a recipe that changes the gradient."""
 
 
 class Weighs(StepRecipe):
