@@ -275,10 +275,58 @@ def sweep(found: Spectrum, ridges: Tensor) -> Sweep:
     """
     values, d = found.eigenvalues, ridges.to(found.eigenvalues)[:, None]
     n, targets = found.samples, found.targets.shape[1]
-    z = (values / (values + d)).sum(1)
-    free = n - int(found.centred) - z
-    off = ((d / (values + d)).square() @ found.targets.square().sum(1) + found.rest.sum()) / targets
-    return Sweep(d[:, 0], n * off / free.square(), off / n, z, d[:, 0] / free)
+    left = d / (values + d)
+    free = n - int(found.centred) - len(values) + left.sum(1)  # n - z, exact where it is small
+    off = (left.square() @ found.targets.square().sum(1) + found.rest.sum()) / targets
+    return Sweep(d[:, 0], n * off / free.square(), off / n, len(values) - left.sum(1), d[:, 0] / free)
+
+
+def ridge_readout(found: Spectrum, ridge: float) -> Tensor:
+    """Weights of ridge regression, ``[k, p]`` in fp64: (X^T X + d)^-1 X^T y; at ridge 0 those of least norm.
+
+    Args:
+        found: with the targets; of the features' own scale.
+        ridge: d, at least 0.
+    """
+    values = found.eigenvalues
+    along = torch.where(values > 0, values.sqrt() / (values + ridge).clamp_min(1e-300), 0.0)
+    return (found.directions @ (along[:, None] * found.targets)).T / found.scale
+
+
+def _at_gamma(found: Spectrum, swept: Sweep, width: float) -> tuple[Tensor, Tensor, Tensor]:
+    """gamma and q of every ridge, ``[r]``, and whether they are more than rounding."""
+    values, d, kappa = found.eigenvalues, swept.ridges, swept.kappa
+    dz = -(values / (values + d[:, None]).square()).sum(1)
+    dkappa = kappa / d * (1 + kappa * dz)
+    free = 1 - swept.z / width
+    gamma = kappa / free
+    dgamma = (dkappa + gamma * dz / width) / free
+    q = swept.z + gamma * dz / dgamma
+    return gamma, q, (free > 0) & (dgamma > 0) & (q >= 0)
+
+
+def trusted(found: Spectrum, swept: Sweep, width: float) -> Tensor:
+    """Where cross-validation can be relied on, ``[r]``: not where samples and features are nearly as many and the ridge
+    is small, so that noise adds up without bounds.
+
+    Args:
+        found, swept: of the same samples.
+        width: features.
+    """
+    _, q, sound = _at_gamma(found, swept, width)
+    return sound & (_spread(swept.z, q, found.samples - int(found.centred), width) > LEAST)
+
+
+def best_ridge(found: Spectrum, swept: Sweep, width: float) -> int:
+    """Place in a sweep of the ridge of least error by cross-validation, among those for which that can be relied on.
+
+    Raises:
+        RecipeError: when there is none.
+    """
+    reliable = trusted(found, swept, width)
+    if not bool(reliable.any()):
+        raise RecipeError("no ridge is large enough for cross-validation to be relied on; give larger ones")
+    return int(torch.where(reliable, swept.test, math.inf).argmin())
 
 
 class Best(NamedTuple):
@@ -367,14 +415,9 @@ def task_of(found: Spectrum, width: float) -> Task:
     low, high = 1e-6 * float(values.sum()) / n, 1e3 * float(values[0])
     ridges = torch.logspace(math.log10(low), math.log10(high), 240, dtype=torch.float64, device=values.device)
     swept = sweep(found, ridges)
-    z, kappa = swept.z, swept.kappa
-    dz = -(values / (values + ridges[:, None]).square()).sum(1)
-    dkappa = (1 + kappa * dz) / (n - z)
-    free = 1 - z / width
-    gamma = kappa / free
-    dgamma = (dkappa + gamma * dz / width) / free
-    q = z + gamma * dz / dgamma
-    used = (z < USED * min(n, width)) & (dgamma > 0) & (q > 0)
+    gamma, q, sound = _at_gamma(found, swept, width)
+    z = swept.z
+    used = (z < USED * min(n, width)) & sound
     if int(used.sum()) < 16:
         raise RecipeError(f"{found.samples} samples of {found.features} features tell too little of the task")
     first = int(used.nonzero()[0])
