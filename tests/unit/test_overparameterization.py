@@ -117,8 +117,8 @@ def test_words_on_the_regularisation_of_the_readout() -> None:
     own = {"train_mse": 0.5, "ridge_now": 20.0, "pred_test_mse_now": 1.2, "weight_decay": 0.01}
     over = said(**own)
     assert (
-        "The readout is over-regularised, or has not trained long enough: its training error (0.5) is that of a ridge 10"
-        " times the best" in over
+        "The readout is over-regularised, or has not trained long enough: its training error (0.5) is that of a ridge"
+        " 10 times the best" in over
     )
     assert "which costs 20 %; the best ridge (2, a weight decay of 0.01 on the readout) leaves" in over
     assert "any ridge is below that" in said(**{**own, "ridge_now": math.inf})
