@@ -1,13 +1,13 @@
 """Figure of the paper on overparameterisation: test error of random features against width and against samples.
 
-``python -m benchmarks.papers.overparameterization`` solves ridge regression on Gaussian random features over ten seeds on
-one core (a minute or two), prints a table, draws ``overparameterization.png`` and writes ``overparameterization.json``
-beside this file. Nothing is downloaded.
+``python -m benchmarks.papers.overparameterization`` solves ridge regression on Gaussian random features over ten seeds
+on one core (a quarter of a minute), prints a table, draws ``overparameterization.png`` and writes
+``overparameterization.json`` beside this file. Nothing is downloaded.
 
-Left, against the width with 256 samples; right, against samples with 256 features; at the best ridge and at the smallest.
-The curves are the eigenframework's prediction, the points the mean and the bars the standard deviation over seeds of
-simulations with 1,000 test points. At the best ridge more is always better; at the smallest the error peaks where
-features are as many as samples. The paper's figure is of 10,000 modes and 45 trials; here 2,000 and ten.
+Left, against the width with 256 samples; right, against samples with 256 features; at the best ridge and at the
+smallest. The curves are the eigenframework's prediction, the points the mean and the bars the standard deviation over
+seeds of simulations with 1,000 test points. At the best ridge more is always better; at the smallest the error peaks
+where features are as many as samples. The paper's figure is of 10,000 modes and 45 trials; here 2,000 and ten.
 """
 
 from __future__ import annotations
