@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_recipes.callbacks import MoreIsBetterMonitor, RidgeRefit
+from lightning_recipes.callbacks import MoreIsBetterMonitor, RidgeRefit, SaRA
 from lightning_recipes.callbacks.diagnostics.overparameterization import (
     DATA,
     NOISE,
@@ -379,6 +379,20 @@ def test_a_logit_of_two_classes_keeps_its_sign() -> None:
     module = Binary(wide(out=1))
     fit(module, RidgeRefit(), x, y)
     assert float(((module(x)[:, 0] > 0).float() == y).float().mean()) > 0.9
+
+
+def test_adapters_on_the_layer_are_merged_before_it_is_written_over() -> None:
+    """SaRA trains some entries of every layer, the last one among them, and writes them back at the end."""
+    module, (x, y) = Regressor(wide()), regression()
+    run = quiet(callbacks=[SaRA(), RidgeRefit(ridges=[0.1])], max_epochs=2)
+    run.fit(module, loader(x, y, size=16))
+    h = module.net[:2](x).double().detach()
+    off = h - h.mean(0)
+    ridge = run.callback_metrics["ridge_refit/ridge"].double()
+    expected = torch.linalg.solve(
+        off.T @ off + ridge * torch.eye(30, dtype=torch.float64), off.T @ (y - y.mean(0)).double()
+    )
+    assert torch.allclose(module.net[2].weight.double(), expected.T, atol=1e-4)
 
 
 def test_features_that_do_not_vary_leave_the_layer_as_it_was() -> None:

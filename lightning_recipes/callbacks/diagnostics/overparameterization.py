@@ -441,7 +441,8 @@ class RidgeRefit(Recipe):
     With class labels the outputs are then estimates of one-hot vectors: the largest one is the class, but they are no
     logits, and a cross-entropy of them says nothing. With a logit of two classes the sign is the class. Logs
     ``ridge_refit/ridge`` and ``ridge_refit/pred_test_mse``, the squared error on new samples by cross-validation. A
-    checkpoint that is written afterwards holds the new layer, and no fit can be resumed from it.
+    checkpoint of the fit holds the layer as it trained; one that is saved afterwards holds the new one, and no fit can
+    be resumed from that.
 
     Args:
         head: dotted path of the last linear layer; None finds it.
@@ -451,7 +452,7 @@ class RidgeRefit(Recipe):
 
     Raises:
         RecipeError: for bad arguments; under manual optimization; before the first step for a network without a linear
-            layer, adapters on it, data that arrive in stages or are not read by index, targets that are not of the
+            layer, data that arrive in stages or are not read by index, targets that are not of the
             layer's size, and a loss that cannot be seen or is neither of numbers nor of classes.
     """
 
@@ -480,6 +481,7 @@ class RidgeRefit(Recipe):
         check_ridges(self, ridges)
         check_argument(when in ("fit_end", "never"), self, "when", when, "'fit_end' or 'never'")
         self._readout: Readout | None = None
+        self._head: LinearHead | None = None  # between the end of training and that of the fit
         self._written = False
 
     @property
@@ -499,17 +501,15 @@ class RidgeRefit(Recipe):
             raise RecipeError(f"{kind} shows its data in stages, and the layer would be fitted to the last one alone")
         self._written = False
         self._readout = Readout(self, plan.trainer, plan.module, self.head, self.criterion)
+        self._head = None
         plan.install(self._readout)
-        plan.after_surgery(lambda: self._check_layer(plan.module))
-        plan.at_end(self._let_go)
+        plan.at_end(self._write)  # once adapters are merged and masks are off, which would write over it
 
-    def _check_layer(self, module: pl.LightningModule) -> None:
-        path = self._readout.path
-        if dict(module.named_modules()).get(path) is not self._readout.layer:
-            raise RecipeError(f"another recipe has put something else in the place of {path}, the layer to refit")
-
-    def _let_go(self) -> None:
-        self._readout = None
+    def _write(self) -> None:
+        if self._head is not None:
+            self._head.write(self._readout.layer)
+            self._written = True
+        self._readout = self._head = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         readout = self._readout
@@ -532,12 +532,10 @@ class RidgeRefit(Recipe):
         with speaking_for(self):
             reading = readout.read(samples_at_hand(trainer))
             try:
-                head, ridge, error = decided_on_rank_zero(lambda: self._fitted(reading, readout), trainer)
+                self._head, ridge, error = decided_on_rank_zero(lambda: self._fitted(reading, readout), trainer)
             except RecipeError as problem:
                 rank_zero_warn(f"RidgeRefit: the layer is left as it was trained: {problem}")
                 return
-        head.write(readout.layer)
-        self._written = True
         log_values(trainer, {"ridge_refit/ridge": ridge, "ridge_refit/pred_test_mse": error})
 
     def _fitted(self, reading: Reading, readout: Readout) -> tuple[LinearHead, float, float]:

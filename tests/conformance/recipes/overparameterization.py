@@ -38,9 +38,12 @@ MEMBERS = {
     "MoreIsBetterMonitor": lambda: MoreIsBetterMonitor(probe_size=64),
     "RidgeRefit": lambda: RidgeRefit(ridges=[1.0]),
 }
-REFUSED = dict.fromkeys(
-    (("RidgeRefit", "ProjectionHead"), ("RidgeRefit", "CosineHead"), ("RidgeRefit", "SLCA")), "both own the head"
-)
+REFUSED = {
+    **dict.fromkeys(
+        (("RidgeRefit", "ProjectionHead"), ("RidgeRefit", "CosineHead"), ("RidgeRefit", "SLCA")), "both own the head"
+    ),
+    ("RidgeRefit", "LEVI"): "LEVI has heads of its own",
+}
 OTHER = {"MoreIsBetterMonitor": {"probe_size": 128}, "RidgeRefit": {"head": "network.3"}}
 AUTOMATIC = ["MoreIsBetterMonitor", "RidgeRefit"]
 
