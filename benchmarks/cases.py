@@ -40,9 +40,11 @@ from lightning_recipes.callbacks import (
     LangevinMixture,
     LogitAdjustment,
     Mixup,
+    MoreIsBetterMonitor,
     NormalizedGD,
     ProgressiveUnfreezing,
     ProjectionHead,
+    RidgeRefit,
     SaRA,
     SubGM,
     SVFit,
@@ -318,6 +320,15 @@ CASES: dict[str, Case] = {
         loop=lambda net, batches, amp: loops.forecast(net, batches, amp),
         least=64,
     ),
+    # The same share; one eigendecomposition of 64 x 64 and a sweep of 31 ridges, and one of 240 to read the task off.
+    "MoreIsBetterMonitor, every 10 steps": Case(
+        "resnet",
+        lambda: [MoreIsBetterMonitor(probe_size=64, every_n_steps=10, geometric_steps=False)],
+        loop=lambda net, batches, amp: loops.ridge_sweep(net, batches, amp),
+        least=64,
+    ),
+    # One pass over the training data at the end.
+    "RidgeRefit": Case("resnet", lambda: [RidgeRefit()], lambda: [RidgeRefit(when="never")], least=64),
     "NormalizedGD": Case(
         "resnet",
         lambda: [NormalizedGD(require_full_batch=False)],

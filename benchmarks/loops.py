@@ -571,6 +571,32 @@ def forecast(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: in
             torch.stack([values.sum(), (vectors.T @ hot.cpu()).square().sum()]).tolist()
 
 
+def ridge_sweep(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 64, every: int = 10) -> None:
+    """Cross-validation of ridge regression on the features of some samples at 31 ridges, every few steps."""
+    optimizer, kept = AdamW(trained(net)), []
+    for number, (x, y) in enumerate(batches, 1):
+        net.train()
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if sum(map(len, (labels for _, labels in kept))) < probe:
+            kept.append((x, y))
+        if number % every:
+            continue
+        net.eval()
+        with torch.no_grad():
+            h = torch.cat([net.forward_head(net.forward_features(images), pre_logits=True) for images, _ in kept])
+            h, hot = h[:probe].double(), F.one_hot(torch.cat([labels for _, labels in kept])[:probe], 10).double()
+            h, hot = (h - h.mean(0)).cpu(), (hot - hot.mean(0)).cpu()
+            values, vectors = torch.linalg.eigh(h @ h.T)
+            ridges = torch.logspace(-6, 2, 31, dtype=torch.float64)[:, None] * values.mean()
+            left = ridges / (values.clamp_min(0) + ridges)
+            off = (left.square() @ (vectors.T @ hot).square().sum(1)) / (left.sum(1) - 1).square()
+            ridges[off.argmin()].item()
+
+
 def normalized(net: nn.Module, batches: Batches, amp: Amp = nullcontext, lr: float = 0.01) -> None:
     """SGD on the gradient divided by the mean of 1 - p of the label."""
     parameters = trained(net)

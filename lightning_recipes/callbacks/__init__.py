@@ -17,6 +17,7 @@ from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
 from lightning_recipes.callbacks.data.in_context_prediction import InContextPrediction
 from lightning_recipes.callbacks.diagnostics.generalization_dynamics import GeneralizationMonitor
 from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
+from lightning_recipes.callbacks.diagnostics.overparameterization import MoreIsBetterMonitor, RidgeRefit
 from lightning_recipes.callbacks.diagnostics.small_init import SmallInit
 from lightning_recipes.callbacks.finetuning.bang import BANG, WiSEFT
 from lightning_recipes.callbacks.finetuning.freezeout import FreezeOut
@@ -74,11 +75,13 @@ __all__ = [
     "LogitAdjustment",
     "LongTailMonitor",
     "Mixup",
+    "MoreIsBetterMonitor",
     "NormalizedGD",
     "PrePostMonitor",
     "ProgressiveUnfreezing",
     "ProjectionHead",
     "PruneTrainSet",
+    "RidgeRefit",
     "RobustAccuracyMonitor",
     "SVFit",
     "SaRA",

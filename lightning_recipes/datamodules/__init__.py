@@ -8,6 +8,7 @@ from lightning_recipes.datamodules.digits import DigitsDataModule
 from lightning_recipes.datamodules.domains import DomainDataModule, RotatedDigitsDataModule
 from lightning_recipes.datamodules.few_shot import FewShotDataModule
 from lightning_recipes.datamodules.folders import ImageFolderDataModule
+from lightning_recipes.datamodules.gaussian_rf import GaussianRFDataModule
 from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages
 from lightning_recipes.datamodules.long_tailed import LongTailedDataModule
 from lightning_recipes.datamodules.matrix_sensing import MatrixSensingDataModule
@@ -35,6 +36,7 @@ __all__ = [
     "FewShotDataModule",
     "GPPrior",
     "GaussianPrior",
+    "GaussianRFDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "LabelledImages",

@@ -27,6 +27,7 @@ from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.pfn import PFNModule
 from lightning_recipes.modules.preact_resnet import PreActResNet18
 from lightning_recipes.modules.projection import FixedReweighting, IdentityHead, MLPHead, SymmetricReLU
+from lightning_recipes.modules.random_feature_regressor import RandomFeatureRegressor
 from lightning_recipes.modules.small_cnn import SmallCNN
 from lightning_recipes.modules.two_layer_relu import TwoLayerReLU
 
@@ -62,6 +63,7 @@ __all__ = [
     "NTXentLoss",
     "PFNModule",
     "PreActResNet18",
+    "RandomFeatureRegressor",
     "SmallCNN",
     "SpectralContrastiveLoss",
     "SqueezeExcitation",

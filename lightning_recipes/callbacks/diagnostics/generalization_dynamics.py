@@ -43,18 +43,18 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from lightning_recipes.core import select
 from lightning_recipes.core.diagnostics import Monitor, draw_curves
 from lightning_recipes.core.distributed import all_sum, decided_on_rank_zero, rank_and_world
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
-from lightning_recipes.core.evaluation import ONE_OUTPUT, apart, as_a_step_gets_it
+from lightning_recipes.core.evaluation import apart, as_a_step_gets_it
 from lightning_recipes.core.features import Taps, head_input, part_of
 from lightning_recipes.core.head_fit import where_to_fit
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.probe import Samples, encode, samples_at_hand, samples_of, some_of
+from lightning_recipes.core.readout import kind_of, numbers_of
 from lightning_recipes.core.recipe import Paper
 from lightning_recipes.core.spectrum import WIDEST, Spectrum, Sums, spectrum
 from lightning_recipes.core.step import Replay, observe
@@ -559,23 +559,8 @@ class GeneralizationMonitor(Monitor):
                         f" {len(seen.targets)} samples: name another with readout="
                     )
                 self._tokens.add(name)
-        classes = seen.call.classifies or seen.call.name in ONE_OUTPUT
-        squares = seen.call.name == "mse_loss" and seen.call.options.get("reduction", "mean") == "mean"
-        self._kind = "classes" if classes else "squares" if squares else "other"
-        y = self._targets(seen)
-        self._outputs, self._averaged = y.shape[1], squares
-
-    def _targets(self, seen: Replay) -> Tensor:
-        """``[n, k]``; class labels as one-hot vectors."""
-        targets, n = seen.targets, len(seen.targets)
-        if seen.call.classifies and not targets.is_floating_point():
-            if seen.logits.dim() != 2 or targets.dim() != 1:
-                raise RecipeError(
-                    f"needs one label a sample; the loss got logits {tuple(seen.logits.shape)} and targets"
-                    f" {tuple(targets.shape)}"
-                )
-            return F.one_hot(targets.clamp_min(0), seen.logits.shape[1]).float()
-        return targets.reshape(n, -1).float()
+        self._kind = kind_of(seen)
+        self._outputs, self._averaged = numbers_of(seen).shape[1], self._kind == "squares"
 
     def _differs(self, trainer: pl.Trainer, module: pl.LightningModule, probe: Samples, total: int) -> list[str]:
         """What of this run is not as the theory has it."""
@@ -637,7 +622,7 @@ class GeneralizationMonitor(Monitor):
 
         def run(batch: Any, number: int) -> Tensor:
             seen = observe(trainer, module, batch, number, self.criterion)
-            y = self._targets(seen)
+            y = numbers_of(seen)
             for name in self._points:
                 x = self._taps[name].detach()
                 if name in sums:

@@ -21,9 +21,9 @@ from lightning_recipes.callbacks import (
     CosineHead,
     LogitAdjustment,
     LongTailMonitor,
+    RidgeRefit,
 )
 from lightning_recipes.callbacks.robustness.cosine_head import CosineLinear
-from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.modules.adapted_block import AdaptedBlock
 from tests.attention import timm_vit
 from tests.conformance.misuse import (
@@ -90,10 +90,6 @@ OTHER = {
     "BackdoorAdjustment": {"space": "prob"},
     "LongTailMonitor": {"many": 50},
 }
-
-
-class RidgeRefit(Recipe):
-    """Stands for another owner of the head."""
 
 
 class AsksItsNet(Classifier):
