@@ -333,6 +333,7 @@ def main() -> None:
     if "growth" in subjects:
         parts += growth_parts(names, settings, options.blocks, options.quick)
     measure_all(parts, results, kept, options, "imports" in subjects and not (options.add and "imports" in results))
+    options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     for path in report.write(results, options.json):
         print(f"wrote {path}", file=sys.stderr)
     if results.get("failed"):

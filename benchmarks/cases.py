@@ -102,6 +102,7 @@ class Case:
         samples: in the training set, however few of them are trained on; None for as many as are.
         image: channels and edge of an image; None for those of the device.
         reductions: gradients that the method needs from all ranks for one step.
+        sends: what else it needs from them, in words, where that is much.
     """
 
     network: str | Callable[[], nn.Module]
@@ -121,6 +122,7 @@ class Case:
     samples: int | None = None
     image: tuple[int, int] | None = None
     reductions: int = 1
+    sends: str = ""
 
 
 EPOCH = 4
@@ -229,6 +231,7 @@ CASES: dict[str, Case] = {
             loops.with_lora(net, "qkv", rank=4, scale=2.0), batches, amp
         ),
         optimizer=partial(SGD, lr=0.01),
+        sends="the gradient of every product, as large as the layer, whose norm over all ranks sets the rate",
     ),
     # Re-selected before the first step: what a step costs in the second half of a fit, when it costs most.
     **{

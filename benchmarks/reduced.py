@@ -195,6 +195,8 @@ def steps_of(name: str, variant: str) -> list[tuple[int, int, int]]:
         while missing := [pipe for _, pipe in ranks if pipe not in found]:
             for pipe in wait(missing):  # of both: where one fails the other waits for it
                 found[pipe] = pipe.recv()
+        for process, _ in ranks:
+            process.join(20)
     except EOFError:
         raise RuntimeError(f"a process of {name}, {variant} ended early") from None
     finally:
@@ -219,4 +221,5 @@ def reduced(name: str, variant: str = "recipe") -> dict[str, Any]:
         "trained": once,
         "least": once * case.reductions,
         "ratio": (gradients + others) / (once * case.reductions),
+        "sends": case.sends,
     }

@@ -167,6 +167,7 @@ def _bytes(results: Mapping[str, Any]) -> Section | None:
         "Of one process, two over gloo. gradients: what DDP reduced; others: what the recipe sent itself.",
         "least: one gradient of every parameter that is trained in the step (two where a method needs two).",
     ]
+    notes += [f"{row['case']} needs {row['sends']}." for row in results.get("bytes", []) if row.get("sends")]
     columns = ["case", "gradients KiB", "others KiB", "least KiB", "sent/least"]
     return Section("Bytes reduced in a step", columns, rows, notes, frozenset(missed))
 
