@@ -366,6 +366,8 @@ def results():
             "repeats": 3,
             "lightning": spread(7.0),
             "added": spread(0.2),
+            "lightning, processor": spread(6.0),
+            "added, processor": spread(0.1),
             "target": 0.3,
             "modules": 9,
             "packages": [],
@@ -383,7 +385,7 @@ def test_the_markdown_has_every_table_and_marks_what_misses_its_target():
     assert "| **1.020 ±0.000** | 2.500 ±0.000 | 1.010 ±0.000 |  |" in aaer  # 1.02 misses 1.01, 1.01 keeps 1.03
     assert any(line.startswith("| GrokkingMonitor, bf16 |") and line.endswith("| 25 % |") for line in lines)
     assert "| AAER | 1.0 | 0.5 | 1.0 | **1.5000** |" in lines
-    assert "| import p, over it | 0.20 ±0.00 | under 0.3 |" in lines
+    assert "| import p, over it | 0.20 ±0.00 | 0.10 ±0.00 | under 0.3 |" in lines
     assert "| PSKD, table | 1.250 ±0.000 | 1.250 ±0.000 | 0.00 | 0.00 | 41.0 | 9.0 | 0.50 | 0.57 | 0.00 | - |" in lines
     assert "| samples | at 1000 | at 10^6 |" in page and "no GPU here" in page
     assert lines[-1] == "Not measured: LEVI: ended early"
