@@ -1,11 +1,11 @@
 """``make bench``: what recipes cost in time and memory, as ratios within one run of the benchmark.
 
-``python -m benchmarks [SUBJECT ...] [NAME ...]``. The subjects:
+``python -m benchmarks [SUBJECT ...] [AXIS ...] [NAME ...]``. The subjects:
 
     steps    time of a step and peak memory, against the same method by hand and against plain training
     bytes    what two processes exchange in a step, against the least that they have to (:mod:`benchmarks.reduced`)
     imports  what importing the recipes adds to importing Lightning (:mod:`benchmarks.imports`)
-    growth   with recipes attached, parameters and samples (:mod:`benchmarks.growth`)
+    growth   along the axes recipes (attached), parameters, tensors and samples (:mod:`benchmarks.growth`)
 
 Results are printed as they come, and written as JSON, as Markdown and as a picture (:mod:`benchmarks.report`).
 
@@ -244,15 +244,15 @@ def bytes_parts(chosen: Sequence[str]) -> list[Part]:
     return [Part("bytes", n, lambda n=n: reduced(n), 3.5, BYTES, bytes_row) for n in training]
 
 
-def growth_parts(names: Sequence[str], settings: Settings, blocks: int, quick: bool) -> list[Part]:
-    """Everything that grows, along all axes."""
+def growth_parts(names: Sequence[str], axes: Sequence[str], settings: Settings, blocks: int, quick: bool) -> list[Part]:
+    """Everything that grows, along these axes."""
     sizes = {axis: at[: len(at) - quick] for axis, at in AXES.items()}
     parts = []
-    if not names:
+    if not names and "recipes" in axes:
         find = lambda: growth.with_recipes(settings, blocks)  # noqa: E731
         parts.append(Part("growth", "recipes", find, blocks * 20.0, GROWTH, growth_row))
     for axis, each in (("parameters", 25.0), ("tensors", 8.0), ("samples", 12.0)):
-        for name in [name for name in GROWS[axis] if begins(name, names)]:
+        for name in [name for name in GROWS[axis] if axis in axes and begins(name, names)]:
             measure = growth.with_samples if axis == "samples" else growth.with_size
 
             def find(name: str = name, axis: str = axis, measure: Any = measure) -> dict[str, Any]:
@@ -274,7 +274,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     cases = "; ".join(CASES).replace("%", "%%")
     subjects = ", ".join(SUBJECTS)
-    what = f"subjects, of {subjects}, all unless given or cases are; and cases whose name begins so, of: {cases}"
+    what = f"subjects, of {subjects}, all unless given or cases are; axes of the growth, of {', '.join(AXES)}, all"
+    what += f" unless given; and cases whose name begins so, of: {cases}"
     made.add_argument("names", nargs="*", metavar="NAME", help=what)
     made.add_argument("--blocks", type=int, default=5, help="how often all is begun anew (%(default)s)")
     made.add_argument("--steps", type=int, default=20, help="timed steps a block and variant (%(default)s)")
@@ -299,8 +300,9 @@ def main() -> None:
     command = parser()
     options = command.parse_args()
     subjects = [name for name in SUBJECTS if name in options.names]
-    names = [name for name in options.names if name not in SUBJECTS]
-    subjects = subjects or (["steps"] if names else list(SUBJECTS))
+    axes = [name for name in options.names if name in AXES]
+    names = [name for name in options.names if name not in (*SUBJECTS, *AXES)]
+    subjects = subjects or (["growth"] if axes else ["steps"] if names else list(SUBJECTS))
     chosen = [name for name in CASES if begins(name, names)]
     grows = [name for some in GROWS.values() for name in some if begins(name, names)]
     if not chosen and not ("growth" in subjects and grows):
@@ -331,7 +333,7 @@ def main() -> None:
     if "bytes" in subjects:
         parts += bytes_parts(chosen)
     if "growth" in subjects:
-        parts += growth_parts(names, settings, options.blocks, options.quick)
+        parts += growth_parts(names, axes or list(AXES), settings, options.blocks, options.quick)
     measure_all(parts, results, kept, options, "imports" in subjects and not (options.add and "imports" in results))
     options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
     for path in report.write(results, options.json):

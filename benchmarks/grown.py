@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import lightning.pytorch as pl
@@ -25,6 +26,7 @@ from lightning_recipes.callbacks import (
     LongTailMonitor,
     Mixup,
     PrePostMonitor,
+    ProgressiveUnfreezing,
     SmallInit,
     WiSEFT,
 )
@@ -109,23 +111,27 @@ def grown(what: str, axis: str, size: int) -> Case:
     """
     if axis == "recipes":
         return replace(CASES["nothing"], recipes=lambda: [make() for make in NEUTRAL[:size]], loop=None, neutral=None)
-    if axis == "parameters":
-        network = lambda: mlp(size, DEPTH)  # noqa: E731
-    elif axis == "tensors":
-        network = lambda: mlp(SHARED, size // 2 - 1)  # noqa: E731
-    else:
-        network = lambda: mlp(20_000, 2)  # noqa: E731
+    parameters, hidden = {
+        "parameters": (size, DEPTH),
+        "tensors": (SHARED, size // 2 - 1),
+        "samples": (20_000, 2),
+    }[axis]
+    network = partial(mlp, parameters, hidden)
     samples = size if axis == "samples" else None
-    return replace(_base(what), network=network, image=IMAGE, samples=samples, loop=None, neutral=None)
+    return replace(_base(what, hidden), network=network, image=IMAGE, samples=samples, loop=None, neutral=None)
 
 
-def _base(what: str) -> Case:
+def _base(what: str, hidden: int) -> Case:
+    """A case, if need be with arguments that suit an MLP of so many hidden layers."""
     own = {
         "plain": Case("resnet", list),
         "BayesErrorMonitor": Case("resnet", lambda: [BayesErrorMonitor(max_samples=256)], validates=True),
         "DataDiet, el2n": Case("resnet", lambda: [DataDiet("el2n", 1)]),
         "LogitAdjustment, counted": Case("resnet", lambda: [LogitAdjustment()]),
         "LongTailMonitor": Case("resnet", lambda: [LongTailMonitor()], validates=True),
+        "ProgressiveUnfreezing, all": Case(
+            "resnet", lambda: [ProgressiveUnfreezing(at=(0,) * (hidden + 1), lr_scale=0.9)]
+        ),
         "PrePostMonitor": Case("resnet", lambda: [PrePostMonitor(max_samples=256)], validates=True),
     }
     return own[what] if what in own else CASES[what]

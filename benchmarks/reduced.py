@@ -172,7 +172,7 @@ def _rank(rank: int, port: int, name: str, variant: str, pipe: Connection) -> No
     loader = batches_of(case, 2 * steps, BATCH, "cpu")
     validation = [batches_of(case, 2, BATCH, "cpu")] if case.validates else []
     callbacks = {"plain": list, "neutral": case.neutral, "recipe": case.recipes}[variant]()
-    pipe.send(train(callbacks, module, [loader, *validation], case.epochs))
+    pipe.send(train(callbacks, module, [loader, *validation], case.epochs, limit_train_batches=steps))
 
 
 def steps_of(name: str, variant: str) -> list[tuple[int, int, int]]:

@@ -481,6 +481,8 @@ def test_subjects_and_names_choose_what_is_measured(run_command):
     assert found["imports"]["target"] == 0.3 and "speed" not in found
     seen, _ = run_command("growth", "aaer")
     assert seen == [("size", "AAER"), ("size", "AAER")]
+    seen, _ = run_command("tensors", "aaer")
+    assert seen == [("size", "AAER")]
     seen, _ = run_command("growth", "--quick")
     assert ("recipes", None) in seen and ("samples", "PSKD, table") in seen
 
