@@ -212,6 +212,15 @@ def _growth(results: Mapping[str, Any]) -> list[Section]:
             for told, row in zip(rows, found):
                 told += [figure(row["slopes"].get(label)) for label in ("plain", "with")]
             notes.append("slope: of log(seconds) over log(size).")
+        if axis == "tensors":
+            columns += ["calls of plain", "calls added", "added a tensor"]
+            for told, row in zip(rows, found):
+                told += [f"{row[name][-1]:.0f}" for name in ("plain calls", "added calls")]
+                told.append(figure(last_rise(row["sizes"], row["added calls"]), 1))
+            notes.append(
+                "calls: function calls in a step, Python's and those into C, at the largest size; a tensor: how"
+            )
+            notes[-1] += " many more with every parameter tensor, between the two largest sizes."
         if axis == "samples":
             columns += ["held B/sample", "checkpoint B/sample", "before s", "slope", "after s", "slope "]
             for told, row in zip(rows, found):
@@ -222,6 +231,13 @@ def _growth(results: Mapping[str, Any]) -> list[Section]:
             )
         made.append(Section(f"Growth with {axis}", columns, rows, notes))
     return made
+
+
+def last_rise(sizes: Sequence[float], values: Sequence[float]) -> float | None:
+    """How much a value rises with every one more, between the two largest sizes; None for fewer than two."""
+    if len(sizes) < 2:
+        return None
+    return (values[-1] - values[-2]) / (sizes[-1] - sizes[-2])
 
 
 def _per_sample(row: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,8 @@ import logging
 import multiprocessing
 import os
 import random
+import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -169,14 +171,42 @@ class SaveTurns(Checkpoint):
             self.size = path.stat().st_size
 
 
-Task = Literal["steps", "saves", "memory", "holds"]
+class Calls(pl.Callback):
+    """Counts the function calls of every training step, Python's and those into C. To stand last among the callbacks.
+
+    A count is the same however busy the machine is: what does something for every parameter shows at once.
+
+    Attributes:
+        found: of each step, up to the beginning of the next one.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+        self._count = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if sys.getprofile() is not None:
+            sys.setprofile(None)
+            self.found.append(self._count)
+        self._count = 0
+        sys.setprofile(self._event)
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        sys.setprofile(None)  # what comes between two epochs is no step's
+
+    def _event(self, frame: Any, event: str, argument: Any) -> None:
+        self._count += event in ("call", "c_call")
+
+
+Task = Literal["steps", "saves", "memory", "holds", "calls"]
 
 
 def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connection) -> None:
     """Train one variant of a case; the target of a process.
 
-    Says at its end, for the task 'saves', the size of a checkpoint, and for 'memory' the peak; both in bytes; and for
-    'holds' what :class:`Holdings` found. The task 'steps' times whatever is a turn of the case.
+    Says at its end, for the task 'saves', the size of a checkpoint, and for 'memory' the peak, both in bytes; for
+    'holds' what :class:`Holdings` found, for 'calls' the median of :class:`Calls`. The task 'steps' times whatever is a
+    turn of the case.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -186,7 +216,7 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
     net = build(case.network, device.type) if case.module is None else case.module()
     if settings.compiled:
         net.compile()
-    rounds = settings.free + settings.steps + 1 if task == "steps" else 3
+    rounds = settings.free + settings.steps + 1 if task in ("steps", "calls") else 3
     steps, epochs, earlier = rounds, case.epochs, 0
     if task == "steps" and case.turn == "step":
         earlier = (case.epochs - 1) * steps  # steps of the epochs before the timed one
@@ -194,7 +224,7 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
         steps, epochs = EPOCH, rounds if task == "steps" else 1
     turns = Turns(pipe, earlier + settings.free)
     loader = batches_of(case, steps, settings.batch, device.type, variant)
-    saves, holdings = SaveTurns(turns, settings.free + settings.steps), Holdings()
+    saves, holdings, calls = SaveTurns(turns, settings.free + settings.steps), Holdings(), Calls()
 
     def train() -> None:
         if variant in BY_HAND:
@@ -208,7 +238,8 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
             return
         callbacks = {"plain": list, "neutral": case.neutral, "recipe": case.recipes}[variant]()
         clock = {"step": StepTurns, "epoch": EpochTurns, "prediction": PredictionTurns}[case.turn]
-        clocks = {"steps": [clock(turns)], "saves": [saves], "memory": [], "holds": [holdings]}[task]
+        clocks = {"steps": [clock(turns)], "saves": [saves], "memory": []}.get(task, [])
+        clocks += {"holds": [holdings], "calls": [calls]}.get(task, [])
         trainer = pl.Trainer(
             max_epochs=epochs,
             limit_train_batches=1.0 if case.samples is None else steps,
@@ -236,6 +267,9 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
     elif task == "holds":
         train()
         pipe.send(holdings.end())
+    elif task == "calls":
+        train()
+        pipe.send(statistics.median(calls.found))
     else:
         train()
         pipe.send(saves.size)
@@ -376,6 +410,11 @@ def side_by_side(
 def peak(name: str, variant: str, settings: Settings) -> int:
     """Peak bytes of a few steps of one variant, in a fresh process."""
     return Run(name, variant, "memory", settings).end()
+
+
+def calls(name: str, variant: str, settings: Settings) -> float:
+    """Function calls of a training step of one variant (:class:`Calls`), the median."""
+    return Run(name, variant, "calls", settings).end()
 
 
 def holds(name: str, variant: str, settings: Settings) -> dict[str, float]:

@@ -71,17 +71,22 @@ class FrozenCopy:
     @contextmanager
     def worn(self) -> Iterator[None]:
         """The module has the copy's weights inside, and its own again afterwards."""
-        module = self._module
-        live = [*module.named_parameters(), *module.named_buffers()]
-        for name, value in live:  # a checkpoint is read before Lightning moves the module to its device
-            held = self._tensors.get(name)
-            if held is not None and held.device != value.device:
-                self._tensors[name] = _frozen(value, held.detach().to(value.device))
-        of = {id(value): self._tensors[name] for name, value in live if name in self._tensors}
+        parts = list(self._module.named_modules())  # walked once a pass: it takes a few calls for every part
+        of: dict[int, Tensor] = {}  # by the tensor that it stands for, which may have several names
+        for path, part in parts:
+            for table in (part._parameters, part._buffers):
+                for name, value in table.items():
+                    full = f"{path}.{name}" if path else name
+                    held = self._tensors.get(full)
+                    if held is None or value is None:
+                        continue
+                    if held.device != value.device:  # read from a checkpoint before Lightning moved the module
+                        held = self._tensors[full] = _frozen(value, held.detach().to(value.device))
+                    of[id(value)] = held
         aside: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
         recurrent: list[tuple[nn.RNNBase, list[Any]]] = []
         try:
-            for part in module.modules():
+            for _, part in parts:
                 for table in (part._parameters, part._buffers):
                     for name, value in table.items():
                         if id(value) in of:

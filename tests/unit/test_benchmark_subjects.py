@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -21,10 +22,10 @@ from benchmarks.cases import CASES, EPOCH, Case
 from benchmarks.grown import AXES, GROWS, NEUTRAL, find, mlp, width_of
 from benchmarks.imports import by_package
 from benchmarks.machine import Progress, machine, words
-from benchmarks.turns import Holdings, Settings, batches_of, held_bytes, run
+from benchmarks.turns import Calls, Holdings, Settings, batches_of, held_bytes, run
 from lightning_recipes import callbacks
 from lightning_recipes.callbacks import AAER, GLAD, ProgressiveUnfreezing
-from tests.stock import Classifier, in_two_ranks, loader, quiet, samples
+from tests.stock import Classifier, Watch, in_two_ranks, loader, quiet, samples
 from tests.stock import mlp as small
 
 # -- every recipe has a row --------------------------------------------------------------------------------------------
@@ -202,6 +203,8 @@ def test_a_row_of_growth_pairs_every_turn_with_the_one_beside_it(monkeypatch):
         return {"plain": [n * 1e-8 * s for s in slow], "with": [(n * 1.25e-8) * s for s in slow]}, {}
 
     monkeypatch.setattr(growth, "side_by_side", side_by_side)
+    counts = {("plain", 10**6): 100, ("recipe", 10**6): 140, ("plain", 10**7): 1000, ("recipe", 10**7): 1400}
+    monkeypatch.setattr(growth, "calls", lambda name, variant, settings: counts[variant, int(name.rsplit(" ", 1)[1])])
     row = growth.with_size("AAER", "tensors", growth.Settings(), 2, (10**6, 10**7))
     assert (
         row["ratio"]
@@ -209,9 +212,31 @@ def test_a_row_of_growth_pairs_every_turn_with_the_one_beside_it(monkeypatch):
     )
     assert row["plain"] == pytest.approx([0.01, 0.1]) and row["with"] == pytest.approx([0.0125, 0.125])
     assert [ms["median"] for ms in row["added ms"]] == pytest.approx([2.5, 25])
-    assert row["slopes"] == pytest.approx({"plain": 1, "with": 1})
+    assert row["slopes"] == pytest.approx({"plain": 1, "with": 1, "added calls": 1})
+    assert row["plain calls"] == [100, 1000] and row["added calls"] == [40, 400]
     name = "AAER @ tensors 1000000"
     assert seen[:2] == [((name, "plain"), (name, "recipe"), 8, 0), ((name, "plain"), (name, "recipe"), 8, 1)]
+
+
+def test_the_calls_of_a_step_are_counted_and_not_those_between_epochs(tmp_path):
+    def nothing():
+        pass
+
+    def work(*args):
+        for _ in range(100):
+            nothing()
+
+    counted = {}
+    for name, hooks in (("plain", {}), ("step", {"on_before_backward": work}), ("epoch", {"on_train_epoch_end": work})):
+        counts = Calls()
+        x, y = samples(16)
+        trainer = quiet(callbacks=[Watch(on_before_backward=lambda *_: None), Watch(**hooks), counts], max_epochs=2)
+        trainer.fit(Classifier(), loader(x, y))
+        assert len(counts.found) == 2 * 3 and sys.getprofile() is None  # four steps an epoch
+        counted[name] = statistics.median(counts.found)
+    # a range is made too, and a hook more is called, if it is there
+    assert counted["step"] - counted["plain"] == pytest.approx(101, abs=5)
+    assert counted["epoch"] == pytest.approx(counted["plain"], abs=5)
 
 
 def test_sizes_that_memory_does_not_hold_are_left_out(monkeypatch):
@@ -389,6 +414,21 @@ def test_the_markdown_has_every_table_and_marks_what_misses_its_target():
     assert "| PSKD, table | 1.250 ±0.000 | 1.250 ±0.000 | 0.00 | 0.00 | 41.0 | 9.0 | 0.50 | 0.57 | 0.00 | - |" in lines
     assert "| samples | at 1000 | at 10^6 |" in page and "no GPU here" in page
     assert lines[-1] == "Not measured: LEVI: ended early"
+
+
+def test_the_calls_that_every_tensor_adds_are_told_by_the_two_largest_sizes():
+    """What every step adds, 100 calls, is not among them: 4 a tensor."""
+    grown = {
+        **results()["growth"][0],
+        "case": "SLCA",
+        "axis": "tensors",
+        "sizes": [10, 100, 1000],
+        "ratio": [spread(1.0)] * 3,
+    }
+    grown |= {"plain calls": [300, 3000, 30_000], "added calls": [100 + 4 * n for n in (10, 100, 1000)]}
+    page = report.markdown({**results(), "growth": [grown]})
+    assert "| SLCA | 1.000 ±0.000 | 1.000 ±0.000 | 1.000 ±0.000 | 0.00 | 0.00 | 30000 | 4100 | 4.0 |" in page
+    assert report.last_rise([10], [5]) is None
 
 
 def test_every_table_of_the_report_is_rectangular():
