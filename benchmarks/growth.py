@@ -17,7 +17,7 @@ import psutil
 
 from benchmarks.grown import AXES
 from benchmarks.report import spread
-from benchmarks.turns import Settings, calls, holds, side_by_side
+from benchmarks.turns import Settings, calls, holds, peak, side_by_side
 
 BATCH = {"recipes": 32, "parameters": 8, "tensors": 8, "samples": 32}
 COPIES = 14  # of all weights that two runs hold at most: gradients, AdamW's moments, what a recipe keeps
@@ -71,7 +71,8 @@ def with_recipes(settings: Settings, blocks: int, sizes: Sequence[int] = AXES["r
 def with_size(what: str, axis: str, settings: Settings, blocks: int, sizes: Sequence[int]) -> dict[str, Any]:
     """A step of one recipe and of plain training at every size. Sizes that memory does not hold are left out.
 
-    Along the tensors it counts function calls too, which a busy machine leaves as they are.
+    Along the parameters it measures peak memory too, along the tensors it counts function calls: neither depends on how
+    busy the machine is.
     """
     settings = replace(settings, batch=BATCH[axis])
     row: dict[str, Any] = {
@@ -93,6 +94,9 @@ def with_size(what: str, axis: str, settings: Settings, blocks: int, sizes: Sequ
             row[label].append(seconds[label])
         row["ratio"].append(ratios["with"])
         row["added ms"].append(added["with"])
+        if axis == "parameters":
+            for variant in ("plain", "recipe"):
+                row.setdefault(f"peak {variant}", []).append(peak(name, variant, settings))
         if axis == "tensors":
             plain, ours = (calls(name, variant, replace(settings, steps=5)) for variant in ("plain", "recipe"))
             row.setdefault("plain calls", []).append(plain)

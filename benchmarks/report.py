@@ -212,6 +212,12 @@ def _growth(results: Mapping[str, Any]) -> list[Section]:
             for told, row in zip(rows, found):
                 told += [figure(row["slopes"].get(label)) for label in ("plain", "with")]
             notes.append("slope: of log(seconds) over log(size).")
+        if axis == "parameters":
+            columns += [f"peak at {size(n)}" for n in sizes]
+            for told, row in zip(rows, found):
+                peaks = {n: b / a for n, a, b in zip(row["sizes"], row["peak plain"], row["peak recipe"])}
+                told += [figure(peaks.get(n), 3) for n in sizes]
+            notes.append("peak: the most bytes of all tensors with the recipe over those without.")
         if axis == "tensors":
             columns += ["calls of plain", "calls added", "added a tensor"]
             for told, row in zip(rows, found):

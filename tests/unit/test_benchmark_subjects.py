@@ -244,6 +244,7 @@ def test_sizes_that_memory_does_not_hold_are_left_out(monkeypatch):
         growth, "paired", lambda those, settings, blocks: ({"plain": 1, "with": 1}, {"with": {}}, {"with": {}})
     )
     monkeypatch.setattr(growth.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 4 * 14 * 10**7}))
+    monkeypatch.setattr(growth, "peak", lambda name, variant, settings: {"plain": 10, "recipe": 15}[variant])
     assert growth.with_size("AAER", "parameters", growth.Settings(), 1, (10**6, 10**7, 10**8))["sizes"] == [
         10**6,
         10**7,
@@ -431,6 +432,12 @@ def test_the_calls_that_every_tensor_adds_are_told_by_the_two_largest_sizes():
     assert report.last_rise([10], [5]) is None
 
 
+def test_peak_memory_stands_beside_the_steps_of_a_network_that_grows():
+    grown = {**results()["growth"][0], "case": "GLAD", "axis": "parameters", "sizes": [10**6, 10**7]}
+    page = report.markdown({**results(), "growth": [{**grown, "peak plain": [4e6, 4e7], "peak recipe": [5e6, 6e7]}]})
+    assert "| GLAD | 1.250 ±0.000 | 1.250 ±0.000 | 0.00 | 0.00 | 1.250 | 1.500 |" in page
+
+
 def test_every_table_of_the_report_is_rectangular():
     for section in report.sections(results()):
         assert {len(row) for row in section.rows} == {len(section.columns)}, section.title
@@ -499,7 +506,8 @@ def run_command(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "reduced", measured("bytes", template["bytes"][0]))
     monkeypatch.setattr(command, "imports", measured("imports", template["imports"]))
     monkeypatch.setattr(growth, "with_samples", measured("samples", grown))
-    monkeypatch.setattr(growth, "with_size", measured("size", grown))
+    counted = {name: [1, 2] for name in ("plain calls", "added calls", "peak plain", "peak recipe")}
+    monkeypatch.setattr(growth, "with_size", measured("size", {**grown, **counted}))
     monkeypatch.setattr(growth, "with_recipes", measured("recipes", {**grown, "case": "neutral", "axis": "recipes"}))
     monkeypatch.setattr(report, "draw", lambda results, path: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
