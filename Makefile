@@ -27,7 +27,7 @@ quickstart: $(STAMP)-plots ## train with and without recipes on embedded data: a
 test: $(STAMP)-test ## run the whole test suite; options for pytest in ARGS="-k aaer -x"
 	$(RUN) pytest --numprocesses=$(WORKERS) --dist=loadfile $(ARGS)
 
-bench: $(STAMP)-bench ## measure speed and memory with and without recipes
+bench: $(STAMP)-bench ## measure what recipes cost, hours for all of it; ARGS="bytes imports", ARGS="steps AAER --blocks 1"
 	$(RUN) benchmarks $(ARGS)
 
 lint: $(STAMP)-test ## check the code's style

@@ -1,26 +1,45 @@
 """``make bench``: what recipes cost in time and memory, as ratios within one run of the benchmark.
 
-A case is trained in up to five variants that take turns step by step (:mod:`benchmarks.turns`): a plain PyTorch loop,
-the same loop with the method written by hand (:mod:`benchmarks.loops`), plain Lightning, Lightning with the recipe at
-neutral, and with the recipe. Nothing is asserted; results are printed and written as JSON.
+``python -m benchmarks [SUBJECT ...] [AXIS ...] [NAME ...]``. The subjects:
+
+    steps    time of a step and peak memory, against the same method by hand and against plain training
+    bytes    what two processes exchange in a step, against the least that they have to (:mod:`benchmarks.reduced`)
+    imports  what importing the recipes adds to importing Lightning (:mod:`benchmarks.imports`)
+    growth   along the axes recipes (attached), parameters, tensors and samples (:mod:`benchmarks.growth`)
+
+Results are printed as they come, and written as JSON, as Markdown and as a picture (:mod:`benchmarks.report`).
+
+For steps, a case is trained in up to five variants that take turns step by step (:mod:`benchmarks.turns`): a plain
+PyTorch loop, the same loop with the method written by hand (:mod:`benchmarks.loops`), plain Lightning, Lightning with
+the recipe at neutral, and with the recipe. Nothing is asserted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
+import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, NETWORKS
+from benchmarks import growth, report
+from benchmarks.cases import CASES
+from benchmarks.grown import AXES, GROWS
+from benchmarks.imports import imports
+from benchmarks.machine import SAME, Progress, machine
+from benchmarks.reduced import reduced
+from benchmarks.report import cell, spread
 from benchmarks.turns import Settings, block, peak
+
+SUBJECTS = ("steps", "bytes", "imports", "growth")
+MODES = {"fp32": {}, "bf16": {"bf16": True}, "compiled": {"bf16": True, "compiled": True}}
+"""Settings of a run by name; compiled is in bf16 too, as one compiles on a GPU."""
 
 Times = Mapping[str, float]
 """Seconds by variant, of steps that ran close together."""
@@ -63,29 +82,31 @@ def variants(name: str) -> list[str]:
     return [*by_hand, "plain", *(["neutral"] if case.neutral is not None else []), "recipe"]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range over blocks."""
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-
 def paired(seconds: Mapping[str, Sequence[float]], of: Callable[[Times], float]) -> float:
     """The median over rounds of what each round gives: a slow moment is in both sides of its ratio."""
     return statistics.median(of(dict(zip(seconds, each))) for each in zip(*seconds.values()))
 
 
-def speed(name: str, settings: Settings, blocks: int) -> dict[str, Any]:
+def share(seconds: Mapping[str, Sequence[float]]) -> float:
+    """Of the run's time that a monitor takes: in all turns together, since it does not measure in every one."""
+    return 1 - sum(seconds["plain"]) / sum(seconds["recipe"])
+
+
+def speed(name: str, settings: Settings, blocks: int, mode: str = "fp32") -> dict[str, Any]:
     """Step times of a case in seconds, and its factors."""
     found = [block(name, variants(name), "steps", settings, seed)[0] for seed in range(blocks)]
+    shares = {"share": spread([share(seconds) for seconds in found])} if CASES[name].monitors else {}
     return {
         "case": name,
         "network": CASES[name].network,
-        "precision": "bf16" if settings.bf16 else "fp32",
+        "precision": mode,
         "seconds": {v: spread([statistics.median(seconds[v]) for seconds in found]) for v in variants(name)},
         "factors": {
             factor: spread([paired(seconds, of) for seconds in found])
             for factor, (_, of, needs) in FACTORS.items()
             if set(needs) <= set(variants(name))
-        },
+        }
+        | shares,
     }
 
 
@@ -110,24 +131,20 @@ def checkpoint(name: str, settings: Settings, blocks: int) -> dict[str, Any]:
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def cell(found: Mapping[str, float] | None, digits: int = 3) -> str:
-    """A median and half its range."""
-    if found is None:
-        return ""
-    return f"{found['median']:.{digits}f} ±{(found['highest'] - found['lowest']) / 2:.{digits}f}"
-
-
 # Tables: their columns with the widths of these.
-SPEED = {"case": 27, "loop ms": 7, "plain ms": 8, "with ms": 7, **dict.fromkeys(FACTORS, 13)}
+SPEED = {"case": 37, "loop ms": 7, "plain ms": 8, "with ms": 7, **dict.fromkeys(FACTORS, 13), "share": 13}
 MEMORY = {"case": 27, "plain MiB": 9, "with MiB": 8, "by hand MiB": 11, "with/plain": 10}
 CHECKPOINT = {"case": 27, "plain ms": 8, "adds ms": 13, "plain KiB": 9, "adds KiB": 8}
+BYTES = {"case": 37, "gradients KiB": 13, "others KiB": 10, "least KiB": 9, "sent/least": 10}
+GROWTH = {"case": 27, "of": 10, "sizes": 28, "with/plain": 40, "slope plain": 11, "slope with": 10}
 
 
 def speed_row(row: Mapping[str, Any]) -> list[str]:
-    name = row["case"] + (", bf16" if row["precision"] == "bf16" else "")
+    name = row["case"] + report.LABELS[row["precision"]]
     times = [row["seconds"].get(variant) for variant in ("plain loop", "plain", "recipe")]
     factors = [cell(row["factors"].get(f), 1 if f.endswith("ms") else 3) for f in FACTORS]
-    return [name, *(f"{1e3 * t['median']:.1f}" if t else "" for t in times), *factors]
+    times = [f"{1e3 * t['median']:.1f}" if t else "" for t in times]
+    return [name, *times, *factors, cell(row["factors"].get("share"))]
 
 
 def memory_row(row: Mapping[str, Any]) -> list[str]:
@@ -161,67 +178,223 @@ class Table:
         return f"| {' | '.join(cells)} |" if self.markdown else "  ".join(cells)
 
 
+def bytes_row(row: Mapping[str, Any]) -> list[str]:
+    numbers = [f"{row[name] / 1024:.1f}" for name in ("gradients", "others", "least")]
+    return [row["case"], *numbers, f"{row['ratio']:.4f}"]
+
+
+def growth_row(row: Mapping[str, Any]) -> list[str]:
+    sizes, ratios = (" ".join(each) for each in (map(report.size, row["sizes"]), map(cell, row["ratio"])))
+    slopes = [report.figure(row["slopes"].get(label)) for label in ("plain", "with")]
+    return [row["case"], row["axis"], sizes, ratios, *slopes]
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "lightning", "timm", "peft")},
-        "networks": {name: " ".join(map(str, network)) for name, network in NETWORKS[device].items()},
-    }
+@dataclass
+class Part:
+    """One row to be measured.
+
+    Attributes:
+        kind: of the results that it stands among.
+        name: of the row.
+        find: measures it.
+        seconds: that this took on two cores, roughly.
+        columns: of the table that it is printed in.
+        show: its cells.
+        mode: of a step time.
+    """
+
+    kind: str
+    name: str
+    find: Callable[[], dict[str, Any]]
+    seconds: float
+    columns: Mapping[str, int]
+    show: Callable[[Mapping[str, Any]], list[str]]
+    mode: str = ""
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+def steps_parts(chosen: Sequence[str], modes: Mapping[str, Settings], blocks: int) -> list[Part]:
+    """Step times of all cases, then peak memory, then checkpoints."""
+
+    def seconds(name: str, settings: Settings, many: int = blocks) -> float:
+        turns = (settings.free + settings.steps + 1) * CASES[name].epochs
+        each = 0.6 if CASES[name].turn == "epoch" else 0.08
+        return many * len(variants(name)) * (1.5 + each * turns)
+
+    first = next(iter(modes.values()))
+    parts = [
+        Part("speed", n, lambda n=n, m=m, s=s: speed(n, s, blocks, m), seconds(n, s), SPEED, speed_row, m)
+        for n in chosen
+        for m, s in modes.items()
+    ]
+    in_process = [name for name in chosen if not CASES[name].num_workers]  # workers' batches are in shared memory
+    parts += [Part("memory", n, lambda n=n: memory(n, first), 8.0, MEMORY, memory_row) for n in in_process]
+    saving = [name for name in chosen if CASES[name].saves]
+    return parts + [
+        Part("checkpoint", n, lambda n=n: checkpoint(n, first, blocks), seconds(n, first), CHECKPOINT, checkpoint_row)
+        for n in saving
+    ]
+
+
+def bytes_parts(chosen: Sequence[str]) -> list[Part]:
+    """What every case that trains sends."""
+    training = [name for name in chosen if CASES[name].turn != "prediction"]
+    return [Part("bytes", n, lambda n=n: reduced(n), 3.5, BYTES, bytes_row) for n in training]
+
+
+def growth_parts(names: Sequence[str], axes: Sequence[str], settings: Settings, blocks: int, quick: bool) -> list[Part]:
+    """Everything that grows, along these axes."""
+    sizes = {axis: at[: len(at) - quick] for axis, at in AXES.items()}
+    parts = []
+    if not names and "recipes" in axes:
+        find = lambda: growth.with_recipes(settings, blocks)  # noqa: E731
+        parts.append(Part("growth", "recipes", find, blocks * 20.0, GROWTH, growth_row))
+    for axis, each in (("parameters", 25.0), ("tensors", 8.0), ("samples", 12.0)):
+        for name in [name for name in GROWS[axis] if axis in axes and begins(name, names)]:
+            measure = growth.with_samples if axis == "samples" else growth.with_size
+
+            def find(name: str = name, axis: str = axis, measure: Any = measure) -> dict[str, Any]:
+                axes = () if axis == "samples" else (axis,)
+                return measure(name, *axes, settings, blocks, sizes[axis])
+
+            seconds = blocks * each * len(sizes[axis])
+            parts.append(Part("growth", f"{name} ({axis})", find, seconds, GROWTH, growth_row))
+    return parts
+
+
+def begins(name: str, words: Sequence[str]) -> bool:
+    """Whether a name begins with one of these words, or there are none."""
+    return not words or name.lower().startswith(tuple(map(str.lower, words)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's options."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    cases = "; ".join(CASES).replace("%", "%%")
+    subjects = ", ".join(SUBJECTS)
+    what = f"subjects, of {subjects}, all unless given or cases are; axes of the growth, of {', '.join(AXES)}, all"
+    what += f" unless given; and cases whose name begins so, of: {cases}"
+    made.add_argument("names", nargs="*", metavar="NAME", help=what)
+    made.add_argument("--blocks", type=int, default=5, help="how often all is begun anew (%(default)s)")
+    made.add_argument("--steps", type=int, default=20, help="timed steps a block and variant (%(default)s)")
+    made.add_argument("--batch", type=int, default=32, help="batch size of steps (%(default)s)")
+    made.add_argument(
+        "--modes", nargs="+", choices=list(MODES), help="precisions of steps; fp32, and on a GPU all of them"
+    )
+    made.add_argument("--quick", action="store_true", help="growth without its largest size")
+    made.add_argument("--add", action="store_true", help="keep what the file of results has, and measure what it lacks")
+    made.add_argument(
+        "--json",
+        type=Path,
+        default=Path("bench.json"),
+        help="where to write results; the tables go beside it, as .md and .png (%(default)s)",
+    )
+    made.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    return made
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    cases = "; ".join(CASES).replace("%", "%%")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"cases whose name begins so, of: {cases}")
-    parser.add_argument("--blocks", type=int, default=5, help="how often all is begun anew (%(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps a block and variant (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="batch size (%(default)s)")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where to write results (%(default)s)")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    options = parser.parse_args()
-    chosen = [
-        name for name in CASES if not options.names or name.lower().startswith(tuple(map(str.lower, options.names)))
-    ]
-    if not chosen:
-        parser.error(f"no case begins with {' or '.join(options.names)}; there are {'; '.join(CASES)}")
+    command = parser()
+    options = command.parse_args()
+    subjects = [name for name in SUBJECTS if name in options.names]
+    axes = [name for name in options.names if name in AXES]
+    names = [name for name in options.names if name not in (*SUBJECTS, *AXES)]
+    subjects = subjects or (["growth"] if axes else ["steps"] if names else list(SUBJECTS))
+    chosen = [name for name in CASES if begins(name, names)]
+    grows = [name for some in GROWS.values() for name in some if begins(name, names)]
+    if not chosen and not ("growth" in subjects and grows):
+        command.error(f"no case begins with {' or '.join(names)}; there are {'; '.join(CASES)}")
+    for option in ("blocks", "steps", "batch"):
+        if getattr(options, option) < 1:
+            command.error(f"--{option} must be at least 1; got {getattr(options, option)}")
+    gpu = torch.cuda.is_available()
     settings = Settings(batch=options.batch, steps=options.steps)
-    precisions = [settings, replace(settings, bf16=True)] if torch.cuda.is_available() else [settings]
+    modes = {mode: replace(settings, **MODES[mode]) for mode in options.modes or (MODES if gpu else ("fp32",))}
     results: dict[str, Any] = {**machine(), "batch": options.batch, "blocks": options.blocks, "steps": options.steps}
-    print("\n".join(f"{key}: {value}" for key, value in results.items()))
+    if options.add and options.json.is_file():
+        before = json.loads(options.json.read_text(encoding="utf-8"))
+        other = [name for name in SAME if before.get(name) != results[name]]
+        if other:
+            command.error(f"--add: {options.json} is of another machine ({', '.join(other)}); give another --json")
+        results = before
+        results.pop("failed", None)
+    described = {key: value for key, value in results.items() if not isinstance(value, list) and key != "imports"}
+    print("\n".join(f"{key}: {value}" for key, value in described.items()))
+    if not gpu and "steps" in subjects and not options.modes:
+        print("no GPU here: bf16 and compiled are not measured")
+    kept = {report.key(kind, row) for kind in report.ROWS for row in results.get(kind, [])} if options.add else set()
 
-    def measure(kind: str, columns: Mapping[str, int], names: Sequence[str], find: Any, show: Any) -> None:
-        results[kind] = []
-        table = Table(columns, options.markdown)
-        for name in names:
-            for row in find(name):
-                results[kind].append(row)
-                table.row(show(row))
-                options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    parts: list[Part] = []
+    if "steps" in subjects:
+        parts += steps_parts(chosen, modes, options.blocks)
+    if "bytes" in subjects:
+        parts += bytes_parts(chosen)
+    if "growth" in subjects:
+        parts += growth_parts(names, axes or list(AXES), settings, options.blocks, options.quick)
+    measure_all(parts, results, kept, options, "imports" in subjects and not (options.add and "imports" in results))
+    options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    for path in report.write(results, options.json):
+        print(f"wrote {path}", file=sys.stderr)
+    if results.get("failed"):
+        failed = "; ".join(f"{each['case']}: {each['error']}" for each in results["failed"])
+        sys.exit(f"not measured: {failed}")
 
-    measure("speed", SPEED, chosen, lambda n: (speed(n, s, options.blocks) for s in precisions), speed_row)
-    print("\n".join(f"  {factor}: {what}" for factor, (what, *_) in FACTORS.items()))
-    print("  ±: half the range over blocks")
-    in_process = [name for name in chosen if not CASES[name].num_workers]  # workers' batches are in shared memory
-    measure("memory", MEMORY, in_process, lambda n: [memory(n, settings)], memory_row)
-    saving = [name for name in chosen if CASES[name].saves]
-    if saving:
-        measure("checkpoint", CHECKPOINT, saving, lambda n: [checkpoint(n, settings, options.blocks)], checkpoint_row)
+
+def measure_all(
+    parts: Sequence[Part], results: dict[str, Any], kept: set[Any], options: argparse.Namespace, with_imports: bool
+) -> None:
+    """Measure part by part into `results`, which are written after each; what fails does not end the rest."""
+
+    def save() -> None:
+        options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+    todo = [part for part in parts if not any(_same(part, key) for key in kept)]
+    expected = {f"{part.kind} {i}: {part.name}": part.seconds for i, part in enumerate(todo, 1)}
+    progress = Progress({**({"imports": 60.0} if with_imports else {}), **expected})
+    if with_imports:
+        began = time.perf_counter()
+        results["imports"] = found = imports(options.blocks)
+        print(f"\nimport lightning: {cell(found['lightning'], 2)} s")
+        print(f"import {found['package']} over it: {cell(found['added'], 2)} s; target: under {found['target']}")
+        save()
+        progress.done("imports", time.perf_counter() - began)
+    table, kind = None, None
+    for part, name in zip(todo, expected):
+        if part.kind != kind:
+            _explain(kind)
+            kind, table = part.kind, Table(part.columns, options.markdown)
+            results.setdefault(kind, [])
+        began = time.perf_counter()
+        try:
+            row = part.find()
+        except RuntimeError as error:
+            results.setdefault("failed", []).append({"case": name, "error": str(error)})
+        else:
+            report.put(results, kind, row)
+            table.row(part.show(row))
+        save()
+        progress.done(name, time.perf_counter() - began)
+    _explain(kind)
+
+
+def _same(part: Part, key: tuple[str, ...]) -> bool:
+    """Whether a row that is there already is what a part would measure. A row says its case, precision and axis."""
+    kind, case, precision, axis = key
+    if kind != part.kind:
+        return False
+    if kind == "growth":
+        return part.name == ("recipes" if axis == "recipes" else f"{case} ({axis})")
+    return part.name == case and (kind != "speed" or precision == part.mode)
+
+
+def _explain(kind: str | None) -> None:
+    if kind == "speed":
+        print("\n".join(f"  {factor}: {what}" for factor, (what, *_) in FACTORS.items()))
+        print("  share: of the run's time that a monitor takes")
+        print("  ±: half the range over blocks")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import timm
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
+from torch.utils.data import DataLoader
 
 from benchmarks import loops
 from lightning_recipes.callbacks import (
@@ -23,12 +25,16 @@ from lightning_recipes.callbacks import (
     SLCA,
     AdaptFormer,
     AdaptiveSmoothing,
+    BackdoorAdjustment,
+    BayesErrorMonitor,
+    BayesGapMonitor,
     ClassWeights,
     CosineHead,
     CutMix,
     DataDiet,
     DropBlock,
     ExactResume,
+    ForgettingMonitor,
     FreezeOut,
     GeneralizationMonitor,
     GradientNoise,
@@ -36,16 +42,22 @@ from lightning_recipes.callbacks import (
     GroupMask,
     Guidance,
     HypothesisWeightMonitor,
+    InContextPrediction,
     InsertAttention,
     LangevinMixture,
     LogitAdjustment,
+    LongTailMonitor,
     Mixup,
     MoreIsBetterMonitor,
     NormalizedGD,
+    PrePostMonitor,
     ProgressiveUnfreezing,
     ProjectionHead,
+    PruneTrainSet,
     RidgeRefit,
+    RobustAccuracyMonitor,
     SaRA,
+    SmallInit,
     SubGM,
     SVFit,
     WiSEFT,
@@ -53,6 +65,8 @@ from lightning_recipes.callbacks import (
 from lightning_recipes.callbacks.adapters.class_weights import BALANCED_EUROSAT
 from lightning_recipes.callbacks.continual.slca import begin_rows_
 from lightning_recipes.core.random import generator
+from lightning_recipes.datamodules import LinearPrior
+from lightning_recipes.modules import ImageClassifier, PFNModule
 
 # Per device, by name: timm's name and its arguments. On a CPU small enough for steps of some 50 ms on a few cores.
 NETWORKS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
@@ -74,7 +88,7 @@ class Case:
     """One recipe in one setting.
 
     Attributes:
-        network: 'resnet' or 'vit'.
+        network: 'resnet' or 'vit', or makes one.
         recipes: makes fresh callbacks.
         neutral: makes them at their neutral setting, if they have one.
         loop: the same method by hand: trains a network on batches, as in :mod:`benchmarks.loops`.
@@ -84,9 +98,18 @@ class Case:
         epochs: of a run; steps are timed in the last one.
         validates: whether the fit has validation data, the training data again.
         least: samples that there must be.
+        turn: what is timed: a training step; an epoch of `EPOCH` steps with its validation, for what happens once in
+            one; or a batch of a prediction.
+        monitors: whether it changes nothing and only looks: what counts then is its share of the run.
+        module: makes the module, for a recipe of one kind of module only; None for a classifier of `network`.
+        loader: makes the data, from the number of batches, their size and the variant; None for random images.
+        samples: in the training set, however few of them are trained on; None for as many as are.
+        image: channels and edge of an image; None for those of the device.
+        reductions: gradients that the method needs from all ranks for one step.
+        sends: what else it needs from them, in words, where that is much.
     """
 
-    network: str
+    network: str | Callable[[], nn.Module]
     recipes: Callable[[], list[pl.Callback]]
     neutral: Callable[[], list[pl.Callback]] | None = None
     loop: Callable[[nn.Module, loops.Batches, loops.Amp], None] | None = None
@@ -96,6 +119,59 @@ class Case:
     epochs: int = 1
     validates: bool = False
     least: int = 0
+    turn: Literal["step", "epoch", "prediction"] = "step"
+    monitors: bool = False
+    module: Callable[[], pl.LightningModule] | None = None
+    loader: Callable[[int, int, str], DataLoader] | None = None
+    samples: int | None = None
+    image: tuple[int, int] | None = None
+    reductions: int = 1
+    sends: str = ""
+
+
+EPOCH = 4
+"""Training steps, and batches of a validation, of an epoch that is one turn."""
+
+
+# -- prior-data fitted networks --------------------------------------------------------------------------------------
+
+PRIOR = LinearPrior(1.0, 1.0, 0.3, -1.0, 1.0)
+CONTEXT = 16
+
+
+def _pfn() -> PFNModule:
+    """Of two layers, some 0.2 million parameters."""
+    return PFNModule(1, 128, 4, 2, 256, borders=[-4 + 0.08 * i for i in range(101)])
+
+
+class _Unbatched(list):
+    """Batches as they are, for a loader with ``batch_size=None``."""
+
+
+def _tables(steps: int, batch: int, variant: str) -> DataLoader:
+    """Batches of data sets of a prior, for training."""
+    numbers = generator(0, "benchmarks/tables", 0)
+    drawn = [PRIOR.sample(2 * CONTEXT, batch, 1, numbers) for _ in range(steps)]
+    return DataLoader(_Unbatched({"x": x, "y": y, "n_context": CONTEXT} for x, y in drawn), batch_size=None)
+
+
+def _queries(steps: int, batch: int, variant: str) -> DataLoader:
+    """Queries to one context: by themselves for the recipe, behind it for the module's own prediction."""
+    (x, y), queries = _context(), torch.rand(steps, batch, 1, generator=generator(0, "benchmarks/queries", 0))
+    if variant == "recipe":
+        return DataLoader(_Unbatched(queries), batch_size=None)
+    whole = [torch.cat([x, each])[:, None] for each in queries]
+    given = torch.cat([y, torch.zeros(batch)])[:, None]
+    return DataLoader(_Unbatched({"x": each, "y": given, "n_context": CONTEXT} for each in whole), batch_size=None)
+
+
+def _context() -> tuple[torch.Tensor, torch.Tensor]:
+    """x ``[n, 1]`` and y ``[n]`` of one data set."""
+    x, y = PRIOR.sample(CONTEXT, 1, 1, generator(0, "benchmarks/context", 0))
+    return x[:, 0], y[:, 0]
+
+
+# -- the cases -------------------------------------------------------------------------------------------------------
 
 
 def _first_rows(head: nn.Linear) -> None:
@@ -132,6 +208,7 @@ CASES: dict[str, Case] = {
         "vit",
         lambda: [GLAD()],
         loop=lambda net, batches, amp: loops.glad(loops.with_lora(net, "qkv", rank=4, scale=2.0), batches, amp),
+        reductions=2,  # it moves along the gradient of all ranks
     ),
     "GLAD, mix 0 (plain LoRA)": Case(
         "vit",
@@ -143,6 +220,7 @@ CASES: dict[str, Case] = {
         lambda: [GLAD(rank=None)],
         lambda: [GLAD(0.0, rank=None)],
         lambda net, batches, amp: loops.glad(net, batches, amp),
+        reductions=2,
     ),
     "LEVI": Case(
         "vit",
@@ -157,6 +235,7 @@ CASES: dict[str, Case] = {
             loops.with_lora(net, "qkv", rank=4, scale=2.0), batches, amp
         ),
         optimizer=partial(SGD, lr=0.01),
+        sends="the gradient of every product, as large as the layer, whose norm over all ranks sets the rate",
     ),
     # Re-selected before the first step: what a step costs in the second half of a fit, when it costs most.
     **{
@@ -184,7 +263,22 @@ CASES: dict[str, Case] = {
         lambda: [ProgressiveUnfreezing(loops.RESNET_GROUPS, (0,) * 6, lr_scale=1.0)],
         lambda net, batches, amp: loops.unfreezing(net, batches, amp, rates=[0.5**depth for depth in range(6)]),
     ),
-    "FreezeOut": Case("resnet", lambda: [FreezeOut()]),
+    "FreezeOut": Case(
+        "resnet", lambda: [FreezeOut()], loop=lambda net, batches, amp: loops.freeze_out(net, batches, amp)
+    ),
+    "SmallInit": Case(
+        "resnet",
+        lambda: [SmallInit(0.5)],
+        lambda: [SmallInit(1.0)],
+        lambda net, batches, amp: loops.small_init(net, batches, amp),
+    ),
+    # Half of a training set; a step is to cost nothing.
+    "PruneTrainSet": Case(
+        "resnet",
+        lambda: [PruneTrainSet(keep=0.5, mode="random")],
+        lambda: [PruneTrainSet(keep=1.0, mode="random")],
+        samples=4096,
+    ),
     "WiSEFT": Case(
         "resnet",
         lambda: [WiSEFT()],
@@ -312,6 +406,7 @@ CASES: dict[str, Case] = {
         lambda: [GrokkingMonitor(16, every_n_steps=1)],
         loop=lambda net, batches, amp: loops.watched(net, batches, amp),
         validates=True,
+        monitors=True,
     ),
     # 64 samples every ten steps: a share that is counted, at a batch of 32, as 7 % of the run's work.
     "GeneralizationMonitor, every 10 steps": Case(
@@ -319,6 +414,54 @@ CASES: dict[str, Case] = {
         lambda: [GeneralizationMonitor(probe_size=64, every_n_steps=10, geometric_steps=False)],
         loop=lambda net, batches, amp: loops.forecast(net, batches, amp),
         least=64,
+        monitors=True,
+    ),
+    # 2 x 64 data sets every ten steps, at a batch of 32.
+    "BayesGapMonitor, every 10 steps": Case(
+        "resnet",
+        lambda: [BayesGapMonitor((2, 8), 64, prior=PRIOR, every_n_steps=10, geometric_steps=False)],
+        monitors=True,
+        module=_pfn,
+        loader=_tables,
+    ),
+    # What measures once an epoch: its share of an epoch of four training steps and a validation of as many batches,
+    # which is far shorter than any real one.
+    "LongTailMonitor, an epoch": Case(
+        "resnet", lambda: [LongTailMonitor()], validates=True, turn="epoch", monitors=True
+    ),
+    "ForgettingMonitor, an epoch": Case(
+        "resnet",
+        lambda: [ForgettingMonitor([list(range(5)), list(range(5, 10))])],
+        validates=True,
+        turn="epoch",
+        monitors=True,
+    ),
+    "RobustAccuracyMonitor, an epoch": Case(
+        "resnet",
+        lambda: [RobustAccuracyMonitor("pgd", steps=10, restarts=1, limit_batches=1)],
+        validates=True,
+        turn="epoch",
+        monitors=True,
+    ),
+    "PrePostMonitor, an epoch": Case(
+        "resnet", lambda: [PrePostMonitor(max_samples=64)], validates=True, turn="epoch", monitors=True
+    ),
+    "BayesErrorMonitor, an epoch": Case(
+        "resnet", lambda: [BayesErrorMonitor(max_samples=64)], validates=True, turn="epoch", monitors=True
+    ),
+    # What acts in predictions only: a batch of one.
+    "BackdoorAdjustment, predicting": Case(
+        "resnet",
+        lambda: [BackdoorAdjustment([ImageClassifier(build("resnet"))])],
+        lambda: [BackdoorAdjustment()],
+        turn="prediction",
+    ),
+    "InContextPrediction, predicting": Case(
+        "resnet",
+        lambda: [InContextPrediction(_context(), draw=False)],
+        turn="prediction",
+        module=_pfn,
+        loader=_queries,
     ),
     # The same share; one eigendecomposition of 64 x 64 and a sweep of 31 ridges, and one of 240 to read the task off.
     "MoreIsBetterMonitor, every 10 steps": Case(
@@ -340,7 +483,9 @@ CASES: dict[str, Case] = {
 }
 
 
-def build(network: str, device: str = "cpu", **arguments: Any) -> nn.Module:
+def build(network: str | Callable[[], nn.Module], device: str = "cpu", **arguments: Any) -> nn.Module:
     """A network for 10 classes, as it is measured on that kind of device, with other arguments if given."""
+    if callable(network):
+        return network()
     name, defaults = NETWORKS[device][network]
     return timm.create_model(name, num_classes=10, **{**defaults, **arguments})

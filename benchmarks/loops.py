@@ -392,6 +392,41 @@ def unfreezing(net: nn.Module, batches: Batches, amp: Amp = nullcontext, rates: 
     descend(net, AdamW(groups), batches, amp)
 
 
+def freeze_out(net: nn.Module, batches: Batches, amp: Amp = nullcontext, t0: float = 0.8) -> None:
+    """The stages of a ResNet annealed to rate 0 and frozen one after the other, by a cubic schedule; `batches` has a
+    length."""
+    stages = [[net.get_submodule(name) for name in names] for names in reversed(RESNET_GROUPS)]
+    ends = [(t0 + (1 - t0) * i / (len(stages) - 1)) ** 3 for i in range(len(stages))]
+    optimizer = AdamW([{"params": [p for part in parts for p in part.parameters()]} for parts in stages])
+    net.train()
+    for step, (x, y) in enumerate(batches):
+        t, first = step / len(batches), len(ends) - len(optimizer.param_groups)
+        while t >= ends[first]:
+            del optimizer.param_groups[0]
+            for part in stages[first]:
+                part.eval().requires_grad_(False)
+                for p in part.parameters():
+                    p.grad = None
+                    optimizer.state.pop(p, None)
+            first += 1
+        for group, end in zip(optimizer.param_groups, ends[first:]):
+            group["lr"] = 1e-3 / end / 2 * (1 + math.cos(math.pi * t / end))
+        with amp():
+            loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def small_init(net: nn.Module, batches: Batches, amp: Amp = nullcontext, scale: float = 0.5) -> None:
+    """Plain training from smaller weights."""
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            if name.endswith("weight"):
+                weight.mul_(scale)
+    plain(net, batches, amp)
+
+
 def levi(net: nn.Module, batches: Batches, amp: Amp = nullcontext, depths: int = 4, width: int = 128) -> None:
     """A frozen timm vision transformer and a small convolutional network, with a head and a loss at some depths.
 

@@ -12,10 +12,12 @@ import logging
 import multiprocessing
 import os
 import random
+import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +34,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import loops
-from benchmarks.cases import CASES, IMAGE_SIZE, build
+from benchmarks.cases import EPOCH, IMAGE_SIZE, Case, build
+from benchmarks.grown import find
 from lightning_recipes.modules import ImageClassifier
 
 BY_HAND = ("plain loop", "loop with method")
@@ -40,8 +43,8 @@ BY_HAND = ("plain loop", "loop with method")
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports to stderr that a CPU is no GPU
 # Forked from a process that has imported everything, and has touched neither threads nor a device.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload([__name__])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,15 @@ class Settings:
         batch: batch size.
         steps: timed steps of a run.
         free: steps before them.
-        bf16: bf16 autocast, on a GPU.
+        bf16: bf16 autocast.
+        compiled: the network compiled at ``torch.compile``'s defaults.
     """
 
     batch: int = 32
     steps: int = 20
     free: int = 4
     bf16: bool = False
+    compiled: bool = False
 
 
 # -- in the process of a run -----------------------------------------------------------------------------------------
@@ -98,6 +103,52 @@ class StepTurns(pl.Callback):
         self.turns()
 
 
+class EpochTurns(StepTurns):
+    """One turn an epoch, with its validation."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        self.turns()
+
+
+class PredictionTurns(StepTurns):
+    """One turn a batch that is predicted."""
+
+    def on_predict_batch_start(self, *args: Any) -> None:
+        self.turns()
+
+
+class Holdings(pl.Callback):
+    """What a fit holds and takes beside its steps. To stand last among the callbacks.
+
+    Attributes:
+        found: ``before``, seconds from the beginning of the fit to the first step; ``after``, from the last step to its
+            end; ``held``, bytes of all tensors after the last step; ``checkpoint``, bytes of one written then.
+    """
+
+    def __init__(self) -> None:
+        self.began, self.found = 0.0, {}
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.found.setdefault("before", time.perf_counter() - self.began)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, out: Any, batch: Any, i: int) -> None:
+        if trainer.current_epoch < trainer.max_epochs - 1 or i < trainer.num_training_batches - 1:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "last.ckpt"
+            trainer.save_checkpoint(path)
+            self.found["checkpoint"] = path.stat().st_size
+        self.found["held"] = held_bytes()
+        self.last = time.perf_counter()
+
+    def end(self) -> dict[str, float]:
+        """What was found, at the end of the fit."""
+        return {**self.found, "after": time.perf_counter() - self.last}
+
+
 class SaveTurns(Checkpoint):
     """After the second batch, writes a checkpoint a turn, over the last one.
 
@@ -120,28 +171,60 @@ class SaveTurns(Checkpoint):
             self.size = path.stat().st_size
 
 
-Task = Literal["steps", "saves", "memory"]
+class Calls(pl.Callback):
+    """Counts the function calls of every training step, Python's and those into C. To stand last among the callbacks.
+
+    A count is the same however busy the machine is: what does something for every parameter shows at once.
+
+    Attributes:
+        found: of each step, up to the beginning of the next one.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+        self._count = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if sys.getprofile() is not None:
+            sys.setprofile(None)
+            self.found.append(self._count)
+        self._count = 0
+        sys.setprofile(self._event)
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        sys.setprofile(None)  # what comes between two epochs is no step's
+
+    def _event(self, frame: Any, event: str, argument: Any) -> None:
+        self._count += event in ("call", "c_call")
+
+
+Task = Literal["steps", "saves", "memory", "holds", "calls"]
 
 
 def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connection) -> None:
     """Train one variant of a case; the target of a process.
 
-    Says at its end, for the task 'saves', the size of a checkpoint, and for 'memory' the peak; both in bytes.
+    Says at its end, for the task 'saves', the size of a checkpoint, and for 'memory' the peak, both in bytes; for
+    'holds' what :class:`Holdings` found, for 'calls' the median of :class:`Calls`. The task 'steps' times whatever is a
+    turn of the case.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    case = CASES[name]
+    case = find(name)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net, size = build(case.network, device.type), IMAGE_SIZE[device.type]
-    steps = settings.free + settings.steps + 1 if task == "steps" else 3
-    earlier = (case.epochs - 1) * steps if task == "steps" else 0  # steps of the epochs before the timed one
+    net = build(case.network, device.type) if case.module is None else case.module()
+    if settings.compiled:
+        net.compile()
+    rounds = settings.free + settings.steps + 1 if task in ("steps", "calls") else 3
+    steps, epochs, earlier = rounds, case.epochs, 0
+    if task == "steps" and case.turn == "step":
+        earlier = (case.epochs - 1) * steps  # steps of the epochs before the timed one
+    if case.turn == "epoch":
+        steps, epochs = EPOCH, rounds if task == "steps" else 1
     turns = Turns(pipe, earlier + settings.free)
-    images = torch.rand(steps * settings.batch, 3, size, size)
-    data = TensorDataset(images, torch.randint(10, (len(images),)))
-    start = "fork" if case.num_workers else None  # not this process's own way, which would import everything again
-    loader = DataLoader(data, settings.batch, num_workers=case.num_workers, multiprocessing_context=start)
-    saves = SaveTurns(turns, settings.free + settings.steps)
+    loader = batches_of(case, steps, settings.batch, device.type, variant)
+    saves, holdings, calls = SaveTurns(turns, settings.free + settings.steps), Holdings(), Calls()
 
     def train() -> None:
         if variant in BY_HAND:
@@ -154,9 +237,14 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
                 case.loop(net.to(device), batches, amp)
             return
         callbacks = {"plain": list, "neutral": case.neutral, "recipe": case.recipes}[variant]()
-        clocks = {"steps": [StepTurns(turns)], "saves": [saves], "memory": []}[task]
+        clock = {"step": StepTurns, "epoch": EpochTurns, "prediction": PredictionTurns}[case.turn]
+        clocks = {"steps": [clock(turns)], "saves": [saves], "memory": []}.get(task, [])
+        clocks += {"holds": [holdings], "calls": [calls]}.get(task, [])
         trainer = pl.Trainer(
-            max_epochs=case.epochs,
+            max_epochs=epochs,
+            limit_train_batches=1.0 if case.samples is None else steps,
+            limit_val_batches=1.0 if case.samples is None else EPOCH,
+            num_sanity_val_steps=0,
             callbacks=[*callbacks, *clocks],
             accelerator=device.type,
             devices=1,
@@ -166,14 +254,47 @@ def run(name: str, variant: str, task: Task, settings: Settings, pipe: Connectio
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        validation = DataLoader(data, settings.batch) if case.validates else None
-        trainer.fit(ImageClassifier(net, optimizer=case.optimizer), loader, validation)
+        module = ImageClassifier(net, optimizer=case.optimizer) if case.module is None else net
+        if case.turn == "prediction":
+            trainer.predict(module, loader, return_predictions=False)
+            return
+        validation = DataLoader(loader.dataset, settings.batch) if case.validates else None
+        holdings.began = time.perf_counter()
+        trainer.fit(module, loader, validation)
 
     if task == "memory":
         pipe.send(peak_bytes(net, train))
+    elif task == "holds":
+        train()
+        pipe.send(holdings.end())
+    elif task == "calls":
+        train()
+        pipe.send(statistics.median(calls.found))
     else:
         train()
         pipe.send(saves.size)
+
+
+def batches_of(case: Case, steps: int, size: int, device: str, variant: str = "recipe") -> DataLoader:
+    """A case's training data, or what it predicts on: random images unless it brings its own."""
+    if case.loader is not None:
+        return case.loader(steps, size, variant)
+    channels, edge = case.image or (3, IMAGE_SIZE[device])
+    images = torch.rand(case.samples or steps * size, channels, edge, edge)
+    data = TensorDataset(images, torch.randint(10, (len(images),)))
+    start = "fork" if case.num_workers else None  # not this process's own way, which would import everything again
+    return DataLoader(data, size, num_workers=case.num_workers, multiprocessing_context=start)
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that this process holds, each storage counted once."""
+    gc.collect()
+    found = {}
+    for held in gc.get_objects():
+        if issubclass(type(held), torch.Tensor) and held.layout is torch.strided and held.device.type != "meta":
+            storage = held.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
 
 
 class BeforeEach:
@@ -181,6 +302,9 @@ class BeforeEach:
 
     def __init__(self, batches: DataLoader, device: torch.device, turns: Callable[[], None] | None) -> None:
         self.batches, self.device, self.turns = batches, device, turns
+
+    def __len__(self) -> int:
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         for batch in self.batches:
@@ -218,8 +342,8 @@ class Run:
 
     def __init__(self, name: str, variant: str, task: Task, settings: Settings) -> None:
         self.name = f"{name}, {variant}"
-        self.pipe, theirs = _FORKS.Pipe()
-        self.process = _FORKS.Process(target=run, args=(name, variant, task, settings, theirs))
+        self.pipe, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(target=run, args=(name, variant, task, settings, theirs))
         self.process.start()
         theirs.close()
 
@@ -255,22 +379,29 @@ def block(
     Returns:
         the seconds of every turn by variant, the i-th of all close together; and what the runs said at their end.
     """
+    return side_by_side({variant: (name, variant) for variant in variants}, task, settings, seed)
+
+
+def side_by_side(
+    those: Mapping[str, tuple[str, str]], task: Task, settings: Settings, seed: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """As :func:`block`, of any runs, each a case and a variant of it."""
     runs: dict[str, Run] = {}
-    first = seed % len(variants)
-    order, shuffle = [*variants[first:], *variants[:first]], random.Random(seed)
+    first, labels = seed % len(those), list(those)
+    order, shuffle = [*labels[first:], *labels[:first]], random.Random(seed)
     try:
-        for variant in order:
-            runs[variant] = Run(name, variant, task, settings)
-            runs[variant].hear()  # it has done its free steps and waits
-        seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+        for label in order:
+            runs[label] = Run(*those[label], task, settings)
+            runs[label].hear()  # it has done its free steps and waits
+        seconds: dict[str, list[float]] = {label: [] for label in labels}
         for _ in range(settings.steps):
             last = order[-1]
             shuffle.shuffle(order)
             if order[0] == last:  # nobody steps twice in a row, with its weights still in the caches
                 order.reverse()
-            for variant in order:
-                seconds[variant].append(runs[variant].turn())
-        return seconds, {variant: each.end() for variant, each in runs.items()}
+            for label in order:
+                seconds[label].append(runs[label].turn())
+        return seconds, {label: each.end() for label, each in runs.items()}
     finally:
         for each in runs.values():
             each.process.kill()
@@ -279,3 +410,13 @@ def block(
 def peak(name: str, variant: str, settings: Settings) -> int:
     """Peak bytes of a few steps of one variant, in a fresh process."""
     return Run(name, variant, "memory", settings).end()
+
+
+def calls(name: str, variant: str, settings: Settings) -> float:
+    """Function calls of a training step of one variant (:class:`Calls`), the median."""
+    return Run(name, variant, "calls", settings).end()
+
+
+def holds(name: str, variant: str, settings: Settings) -> dict[str, float]:
+    """What a fit of one variant holds and takes beside its steps (:class:`Holdings`), in a fresh process."""
+    return Run(name, variant, "holds", settings).end()

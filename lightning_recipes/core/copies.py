@@ -71,12 +71,18 @@ class FrozenCopy:
     @contextmanager
     def worn(self) -> Iterator[None]:
         """The module has the copy's weights inside, and its own again afterwards."""
-        for name, value in [*self._module.named_parameters(), *self._module.named_buffers()]:
-            held = self._tensors.get(name)  # a checkpoint is read before Lightning moves the module to its device
-            if held is not None and held.device != value.device:
-                self._tensors[name] = _frozen(value, held.detach().to(value.device))
+        live = next(self._module.parameters(), None)
+        held = next(iter(self._tensors.values()), None)
+        if live is not None and held is not None and held.device != live.device:
+            self._follow()
         with wearing(self._module, self._tensors):
             yield
+
+    def _follow(self) -> None:
+        """Go where the module is: a checkpoint is read before Lightning moves the module to its device."""
+        for name, value in [*self._module.named_parameters(), *self._module.named_buffers()]:
+            if name in self._tensors:
+                self._tensors[name] = _frozen(value, self._tensors[name].detach().to(value.device))
 
 
 @contextmanager
@@ -89,12 +95,18 @@ def wearing(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         module: tied tensors change together.
         tensors: by name, on the module's device; names that the module does not have are passed over.
     """
-    live = [*module.named_parameters(), *module.named_buffers()]
-    of = {id(value): _of_kind(value, tensors[name]) for name, value in live if name in tensors}
+    parts = list(module.named_modules())  # walked once a pass: it takes a few calls for every part
+    of: dict[int, Tensor] = {}  # by the tensor that it stands for, which may have several names
+    for path, part in parts:
+        for table in (part._parameters, part._buffers):
+            for name, value in table.items():
+                other = tensors.get(f"{path}.{name}" if path else name)
+                if other is not None and value is not None:
+                    of[id(value)] = _of_kind(value, other)
     aside: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
     recurrent: list[tuple[nn.RNNBase, list[Any]]] = []
     try:
-        for part in module.modules():
+        for _, part in parts:
             for table in (part._parameters, part._buffers):
                 for name, value in table.items():
                     if id(value) in of:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -17,6 +16,8 @@ DIGIT_NAMES = [str(digit) for digit in range(10)]
 
 def digit_images() -> tuple[Tensor, Tensor]:
     """The 1,797 digits: uint8 (1797,1,8,8), 16 grey levels spread over 0 to 255, and int64 labels (1797,)."""
+    from sklearn.datasets import load_digits  # only here: importing the recipes imports this file
+
     digits = load_digits()
     images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)
     return images[:, None], torch.from_numpy(digits.target).long()

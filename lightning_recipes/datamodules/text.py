@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import sklearn.datasets
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,6 +22,8 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", 
 
 def descriptions() -> dict[str, str]:
     """Embedded English: the descriptions of the data sets that come with scikit-learn, by name."""
+    import sklearn.datasets  # only here: importing the recipes imports this file
+
     names = ("breast_cancer", "diabetes", "digits", "iris", "linnerud", "wine")
     return {name: getattr(sklearn.datasets, f"load_{name}")().DESCR for name in names}
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,6 +69,8 @@ class CifarResNet(nn.Module):
 def cifar_resnet18(num_classes: int = 10, in_chans: int = 3, **arguments: Any) -> nn.Module:
     """timm's ResNet-18 for 32x32 images, as most papers on CIFAR have it: a 3x3 convolution of stride 1 in the place of
     the 7x7 one of stride 2, and no pooling behind it; 11.2 M parameters at 10 classes."""
+    import timm  # only here: importing the recipes imports this file
+
     net = timm.create_model("resnet18", num_classes=num_classes, in_chans=in_chans, **arguments)
     net.conv1 = nn.Conv2d(in_chans, net.conv1.out_channels, 3, 1, 1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm draws convolutions

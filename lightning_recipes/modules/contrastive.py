@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import timm
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -198,6 +197,8 @@ class ContrastivePretraining(OptimizedModule):
         if isinstance(encoder, nn.Module) and model_args:
             raise ValueError("model_args belong to an encoder given by name; this one is built already")
         if isinstance(encoder, str):
+            import timm  # only here: importing the recipes imports this file
+
             encoder = timm.create_model(encoder, num_classes=0, **(model_args or {}))
         self.encoder = encoder
         self.head = nn.Identity() if head is None else head

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import timm
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -35,6 +34,8 @@ def build_net(
     model: str, num_classes: int, in_chans: int = 3, pretrained: bool = False, model_args: dict[str, Any] | None = None
 ) -> nn.Module:
     """A net by name: one of `NETS`, or any of ``timm.list_models()``; (N,in_chans,H,W) to logits (N,num_classes)."""
+    import timm  # only here: importing the recipes imports this file
+
     arguments = model_args or {}
     if model in NETS:
         if pretrained:
