@@ -38,21 +38,19 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Set the navigation: the recipes by folder, the tutorials that there are."""
     tutorials = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / "tutorials").glob("*.md"))
     tutorials.sort(key=lambda path: not path.endswith("/index.md"))
+    recipes = [
+        {pages.title(folder): [pages.path(name) for name in found]} for folder, found in pages.by_folder().items()
+    ]
     config.nav = [
         "index.md",
         "gallery.md",
-        {"Recipes": [{pages.title(folder): [pages.path(name) for name in names]} for folder, names in groups().items()]},
+        {"Recipes": recipes},
         "modules-and-data.md",
         *([{"Tutorials": tutorials}] if tutorials else []),
         "evidence.md",
         "write-a-recipe.md",
     ]
     return config
-
-
-def groups() -> dict[str, list[str]]:
-    """Names of recipes by folder, those of modules and data modules last."""
-    return {folder: list(found) for folder, found in pages.by_folder().items()}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import docstring_parser
-from lightning_recipes import callbacks, cli, datamodules, modules
 from pictures import PICTURES
+
+from lightning_recipes import callbacks, cli, datamodules, modules
 
 TITLES = {"datamodules": "Data modules"}
 LAST = ("modules", "datamodules")
@@ -92,7 +93,9 @@ def use(recipe: type) -> list[str]:
         shown = file.relative_to(cli.config_folder()).as_posix()
         whole = shown.startswith("papers/")
         command = f"--config {shown}" if whole else f"--config mine.yaml --config {shown}"
-        block = fenced(f"lightning-recipes fit {command}", "sh") + "\n\n" + fenced(file.read_text("utf-8"), "yaml", shown)
+        block = (
+            fenced(f"lightning-recipes fit {command}", "sh") + "\n\n" + fenced(file.read_text("utf-8"), "yaml", shown)
+        )
         parts.append(f'=== "{file.name}"\n\n' + indented(block))
     parts.append('=== "Python"\n\n' + indented(fenced(cli.import_line(recipe), "python")))
     return parts
@@ -103,10 +106,8 @@ def how_it_works(recipe: type) -> list[str]:
     file = inspect.getmodule(recipe)
     says = docstring_parser.parse(inspect.getdoc(recipe) or "")
     own = [text for text in (says.short_description, says.long_description) if text]
-    where = f"From `{file.__name__.replace('.', '/')}.py`, the file's first lines:"
-    return [*(prose(text) for text in own), "## How it works", prose(inspect.getdoc(file) or ""), where + "\n{ .where }"][
-        : -1
-    ] + [f"The source: `{file.__name__.replace('.', '/')}.py`.\n{{ .where }}"]
+    source = f"From `{file.__name__.replace('.', '/')}.py`.\n{{ .where }}"
+    return [*(prose(text) for text in own), "## How it works", prose(inspect.getdoc(file) or ""), source]
 
 
 def others_table(others: Sequence[tuple[str, str, str]]) -> str:

@@ -26,10 +26,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, PathPatch
+from matplotlib.path import Path
 
 SIZE = (3.3, 2.0)
 """Inches; a card of the gallery is as wide as 16 rem, where this is close to its natural size."""
@@ -157,19 +157,24 @@ def tiles(axes: Axes, values: Any, tone: str = BLUE, gap: float = 0.12, tones: A
         floor: how opaque a tile of 0 is.
     """
     values = np.asarray(values, dtype=float)
-    corners, colours = [], []
+    alike: dict[tuple[str, float], list[list[float]]] = {}  # tiles of one colour are one path, so that files stay small
     for row, column in np.ndindex(*values.shape):
         if np.isnan(values[row, column]):
             continue
         left, right, top, bottom = column + gap / 2, column + 1 - gap / 2, row + gap / 2, row + 1 - gap / 2
-        alpha = round(floor + (1 - floor) * min(max(values[row, column], 0.0), 1.0), 2)
-        colour = to_rgba(tone if tones is None else tones[row][column], alpha)
-        if not gap and corners and colours[-1] == colour and corners[-1][1] == (left, top):
-            corners[-1][1:3] = [(right, top), (right, bottom)]  # the same as on its left: one tile
-            continue
-        corners.append([(left, top), (right, top), (right, bottom), (left, bottom)])
-        colours.append(colour)
-    axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors="none", linewidths=0))
+        alpha = round(20 * (floor + (1 - floor) * min(max(values[row, column], 0.0), 1.0))) / 20
+        same = alike.setdefault((tone if tones is None else str(tones[row][column]), alpha), [])
+        if not gap and same and same[-1][1:3] == [left, top]:
+            same[-1][1] = right  # goes on from the one on its left
+        else:
+            same.append([left, right, top, bottom])
+    for (colour, alpha), rectangles in alike.items():
+        corners = [
+            corner for left, right, top, bottom in rectangles
+            for corner in ((left, top), (right, top), (right, bottom), (left, bottom), (left, top))
+        ]  # fmt: skip
+        codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(rectangles)
+        axes.add_patch(PathPatch(Path(corners, codes), facecolor=to_rgba(colour, alpha), edgecolor="none", linewidth=0))
     axes.set(xlim=(0, values.shape[1]), ylim=(values.shape[0], 0))
 
 
@@ -180,8 +185,17 @@ def image(axes: Axes, values: Any, title: str = "", tone: str = INK, **options: 
     tiles(axes, values, tone, **{"gap": 0.0, "floor": 0.04, **options})
 
 
-def box(axes: Axes, x: float, y: float, width: float, height: float, text: str = "", tone: str = INK, fill: float = 0.15,
-        **options: Any) -> None:  # fmt: skip
+def box(
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    text: str = "",
+    tone: str = INK,
+    fill: float = 0.15,
+    **options: Any,
+) -> None:
     """A rounded box around (x, y), its middle, with a text in it."""
     corner = (x - width / 2, y - height / 2)
     style = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.0, "mutation_aspect": 1.0, **options}

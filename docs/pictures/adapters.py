@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from lightning_recipes.callbacks.adapters.class_weights import effective_number, inverse
 from lightning_recipes.callbacks.adapters.glad import ascent, mixed
 from lightning_recipes.callbacks.adapters.pego import orthogonality, overlaps
@@ -15,9 +16,8 @@ from lightning_recipes.datamodules.matrix_sensing import low_rank
 from lightning_recipes.modules.balanced_attention import fused
 from lightning_recipes.modules.drop_block import kept, rates, seed_rate
 from lightning_recipes.modules.low_rank_recovery import measure
-
 from pictures import BLUE, FAINT, INK, ORANGE, RED, VIOLET, arrow, bare, digit, draws, image, tiles, whole
-from pictures.small_nets import logistic_landscape
+from pictures.small_nets import valley
 
 
 @draws("ClassWeights")
@@ -40,16 +40,15 @@ def class_weights(figure):
 
 @draws("DropBlock")
 def drop_block(figure):
-    """Feature maps of four depths: squares are left out (orange), more of them the deeper the map."""
+    """Feature maps of three depths: squares are left out (orange), more of them the deeper the map."""
     draws_ = torch.Generator().manual_seed(3)
-    for axes, p in zip(figure.subplots(1, 4), rates((0.05, 0.3), 4)):
-        seeds = (torch.rand(1, 1, 16, 16, generator=draws_) < seed_rate(p, 3, 16, 16)).float()
+    for axes, p in zip(figure.subplots(1, 3), rates((0.05, 0.25), 3)):
+        seeds = (torch.rand(1, 1, 12, 12, generator=draws_) < seed_rate(p, 3, 12, 12)).float()
         keep = kept(seeds, 3)[0, 0].numpy()
-        map_ = 0.35 + 0.4 * torch.rand(16, 16, generator=draws_).numpy()
-        bare(axes, f"{p:.0%}").set_aspect("equal")
-        tones = np.where(keep > 0, BLUE, ORANGE)
-        tiles(axes, np.where(keep > 0, map_, 0.9), tones=tones)
-    figure.supxlabel("depth →", fontsize=8)
+        map_ = 0.25 + 0.5 * torch.rand(12, 12, generator=draws_).numpy()
+        bare(axes, f"p = {p:.0%}").set_aspect("equal")
+        tiles(axes, np.where(keep > 0, map_, 0.95), tones=np.where(keep > 0, BLUE, ORANGE))
+    figure.axes[1].set_xlabel("depth →")
 
 
 @draws("GLAD")
@@ -57,26 +56,25 @@ def glad(figure):
     """One step over a loss in two weights. g is the gradient here, g′ that at the worst point nearby (dotted); the step
     goes along their mixture."""
     axes = whole(figure)
-    x, y = np.meshgrid(np.linspace(-2.4, 2.6, 90), np.linspace(-1.4, 1.75, 70))
-    axes.contour(x, y, logistic_landscape(x, y)[0], levels=np.geomspace(0.05, 12, 12), colors=FAINT, linewidths=0.7)
-    here = np.array([-1.15, 0.85])
-    g = torch.tensor(logistic_landscape(*here)[1])
-    away = ascent([g], 0.55)[0]
-    there = here + away.numpy()
-    sharp = torch.tensor(logistic_landscape(*there)[1])
+    x, y = np.meshgrid(np.linspace(-2.3, 2.0, 90), np.linspace(-1.25, 1.35, 70))
+    axes.contour(x, y, valley(x, y)[0], levels=np.geomspace(0.03, 9, 13), colors=FAINT, linewidths=0.7)
+    here = np.array([-1.05, 0.6])
+    g = torch.tensor(valley(*here)[1])
+    there = here + ascent([g], 0.45)[0].numpy()
+    sharp = torch.tensor(valley(*there)[1])
     axes.plot(*zip(here, there), color=INK, linestyle=":", linewidth=1.3)
     axes.plot(*there, marker="o", color=INK, markersize=3.5)
     for gradient, tone, name, side in (
-        (g, ORANGE, "−g", (-0.12, -0.12)),
-        (sharp, VIOLET, "−g′", (0.12, -0.05)),
-        (mixed([g], [sharp], 0.5)[0], BLUE, "step", (0.3, -0.22)),
+        (g, ORANGE, "− g", (0.18, 0.0)),
+        (sharp, VIOLET, "− g′", (0.22, 0.0)),
+        (mixed([g], [sharp], 0.5)[0], BLUE, "step", (0.28, 0.0)),
     ):
-        end = here - 0.145 * gradient.numpy()
-        arrow(axes, here, end, tone, linewidth=2.0 if tone == BLUE else 1.4)
+        end = here - 0.6 * gradient.numpy()
+        arrow(axes, here, end, tone, linewidth=2.2 if tone == BLUE else 1.4)
         axes.text(*(end + np.array(side)), name, color=tone, ha="center", va="center", fontweight="bold")
     axes.plot(*here, marker="o", color=INK, markersize=5)
-    axes.text(*(here + (-0.15, 0.05)), "θ", ha="right")
-    axes.text(*(there + (0.12, 0.02)), "θ + e", ha="left")
+    axes.text(*(here + (0.1, 0.08)), "θ", ha="left")
+    axes.text(*(there + (0.1, 0.02)), "θ + e", ha="left")
 
 
 @draws("InsertAttention")
@@ -171,24 +169,26 @@ def subgm(figure):
     y = measure(a, truth) + 10 * torch.randn(m, generator=draws_) * (torch.rand(m, generator=draws_) < 0.1)
     start = torch.randn(d, d, generator=draws_) / d**0.5
     axes = figure.subplots()
-    for scale, tone, name in ((1e-3, BLUE, "SubGM, start 0.001"), (1.0, ORANGE, "start 1")):
-        u, eta, curve = scale * start, 0.25, []
+    for scale, tone in ((1e-3, BLUE), (1.0, ORANGE)):
+        u, eta, curve = scale * start, 0.12, []
         rho = decay_for(scale, eta)
-        for step in range(240):
+        for step in range(401):
             x = u @ u.T
             curve.append(float((x - truth).norm()))
             u = subgradient_step(u, subgradient(a, y, x), eta * rho**step)
-        axes.plot(curve, color=tone, label=name)
+        axes.plot(range(0, 401, 10), curve[::10], color=tone)
     u, curve = 1e-3 * start, []
-    for _ in range(240):
+    for _ in range(401):
         x = u @ u.T
         curve.append(float((x - truth).norm()))
         q = (a.flatten(1).T @ (measure(a, x) - y)).view(d, d) / m
-        u = u - 0.04 * (q + q.T) @ u
-    axes.plot(curve, color=RED, label="squared errors")
-    axes.set(yscale="log", xlabel="steps", title="‖UUᵀ − X*‖", yticks=[0.01, 0.1, 1])
+        u = u - 0.03 * (q + q.T) @ u
+    axes.plot(range(0, 401, 10), curve[::10], color=RED)
+    axes.set(
+        yscale="log", xlabel="steps", title="‖UUᵀ − X*‖", yticks=[0.01, 0.1, 1], ylim=(0.005, 9), xticks=[0, 200, 400]
+    )
     axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
-    axes.legend(loc="lower left")
-
-
+    axes.text(400, curve[-1] * 1.35, "squared errors", color=RED, ha="right")
+    axes.text(400, 0.26, "from a large start", color=ORANGE, ha="right")
+    axes.text(0, 0.009, "SubGM, from a tiny start", color=BLUE)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from lightning_recipes.callbacks.continual.forgetting import forgetting
 from lightning_recipes.callbacks.continual.group_mask import masked, present
 from lightning_recipes.callbacks.continual.slca import align, draw_epoch, shrink_factors
 from lightning_recipes.core.gaussians import fit
-
 from pictures import BLUE, GREEN, ORANGE, RED, bare, draws, tiles
 
 
@@ -22,7 +22,7 @@ def forgetting_monitor(figure):
     for k, row in enumerate(matrix):
         values[k, : k + 1] = row
     axes.set_aspect("equal")
-    tiles(axes, values, BLUE)
+    tiles(axes, 0.75 * values, BLUE)
     for k, j in zip(*np.nonzero(~np.isnan(values))):
         axes.text(j + 0.5, k + 0.52, f"{values[k, j]:.1f}".lstrip("0"), ha="center", va="center", fontsize=6)
     axes.set(xlabel="accuracy on task", ylabel="after task")
@@ -74,5 +74,3 @@ def slca(figure):
         tiles(axes, np.full(x.shape, 0.22), gap=0, tones=[[tones[c] for c in row] for row in said.tolist()], floor=0)
         for points, tone in zip(features, tones):
             axes.scatter((points[:, 0] + 2.3) / 4.6 * 26, (2 - points[:, 1]) / 4 * 22, s=4, color=tone, linewidths=0)
-
-

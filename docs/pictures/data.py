@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 import torch
+
 from lightning_recipes.callbacks.data.bayes_error import estimate
 from lightning_recipes.callbacks.data.data_diet import el2n, prune_indices
 from lightning_recipes.core.bayes_error import bayes_error, max_abs_scaled
@@ -13,7 +14,6 @@ from lightning_recipes.datamodules.priors import GPPrior
 from lightning_recipes.datamodules.unlearnable import linf, project_
 from lightning_recipes.modules.bar_distribution import BarDistribution
 from lightning_recipes.modules.pfn import attention_mask
-
 from pictures import BLUE, FAINT, ORANGE, bare, draws, image, tiles
 from pictures.small_nets import digits, softmax_regression
 
@@ -53,7 +53,7 @@ def bayes_gap_monitor(figure):
     borders = torch.linspace(-3, 3, 25, dtype=torch.float64)
     bars = BarDistribution(borders, full_support=False)
     middle = (borders[1:] + borders[:-1]) / 2
-    logits = -((middle - mean[at] - 0.22).abs() / (1.25 * std[at])) ** 1.8 / 2
+    logits = -(((middle - mean[at] - 0.22).abs() / (1.25 * std[at])) ** 1.8) / 2
     grid = torch.linspace(-2.99, 2.99, 1500, dtype=torch.float64)
     p = exact.log_prob(grid).exp()
     log_q = -bars(logits.expand(len(grid), -1), grid)
@@ -131,21 +131,19 @@ def unlearnable(figure):
     x, y = digits()
     clean, labels = x[:240], y[:240]
     moving = clean.clone().requires_grad_()
-    optimizer = torch.optim.Adam([moving], 0.04, maximize=True)
-    before = float(estimate(clean, labels, 2.5))
+    optimizer = torch.optim.Adam([moving], 0.02, maximize=True)
+    before = float(estimate(clean, labels, 0.5))
     for _ in range(40):
         optimizer.zero_grad()
-        bayes_error(max_abs_scaled(moving), labels, 10, 2.5, reduction="none").sum().backward()
+        bayes_error(max_abs_scaled(moving), labels, 10, 0.5, reduction="none").sum().backward()
         optimizer.step()
-        project_(moving.data, clean, 0.25)
-    after, change = float(estimate(moving.detach(), labels, 2.5)), moving.detach() - clean
+        project_(moving.data, clean, 0.2)
+    after, change = float(estimate(moving.detach(), labels, 0.5)), moving.detach() - clean
     one, two, three = figure.subplots(1, 3)
     shown = [each[13].view(8, 8).numpy() for each in (clean, change, moving.detach())]
     image(one, shown[0], "clean")
     bare(two, "change").set_aspect("equal")
     tiles(two, np.abs(shown[1]) / linf(moving.detach(), clean), gap=0, tones=np.where(shown[1] > 0, BLUE, ORANGE))
     image(three, shown[2], "protected")
-    one.set_xlabel(f"error {before:.2f}")
-    three.set_xlabel(f"error {after:.2f}")
-
-
+    one.set_xlabel(f"Bayes error {before:.2f}")
+    three.set_xlabel(f"{after:.2f}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from lightning_recipes.callbacks.diagnostics.generalization_dynamics import edges, marchenko_pastur
 from lightning_recipes.datamodules.matrix_sensing import low_rank
 from lightning_recipes.datamodules.scole import Schedule
 from lightning_recipes.datamodules.xor_clusters import XORClusters, balanced_draw
 from lightning_recipes.modules.low_rank_recovery import measure
-
 from pictures import BLUE, FAINT, INK, ORANGE, RED, VIOLET, bare, draws, tiles
 
 

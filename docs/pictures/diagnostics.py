@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
+
 from lightning_recipes.callbacks.diagnostics.generalization_dynamics import (
     expected_test_error,
     expected_train_error,
     marchenko_pastur,
     optimal_stopping_time,
 )
-
 from pictures import BLUE, FAINT, INK, ORANGE, VIOLET, draws
 from pictures.small_nets import grokking
 
@@ -46,7 +46,7 @@ def grokking_monitor(figure):
     axes.plot(steps, found["train"], color=FAINT, label="training")
     axes.plot(steps, found["test"], color=BLUE, marker="o", markersize=2.5, label="test")
     axes.plot(steps, found["linear"], color=ORANGE, linestyle="--", label="linear share")
-    axes.set(xlabel="optimizer step", ylim=(-0.03, 1.05), yticks=[0, 0.5, 1], xticks=[1, 5, 10])
+    axes.set(xlabel="optimizer step", ylim=(-0.03, 1.05), yticks=[0, 0.5, 1], xticks=[1, 5, 11])
     axes.legend(loc="center right")
 
 
@@ -55,10 +55,8 @@ def small_init(figure):
     """Test accuracy of the same run from first weights of three sizes: from large ones the features are not learnt in
     time."""
     axes = figure.subplots()
-    for omega, tone, name in ((1e-6, BLUE, "tiny"), (0.05, VIOLET, "larger"), (0.5, ORANGE, "large")):
+    for omega, tone, name in ((1e-6, BLUE, "tiny"), (0.003, VIOLET, "larger"), (0.1, ORANGE, "large")):
         found = grokking(omega)["test"]
         axes.plot(range(1, len(found) + 1), found, color=tone, marker="o", markersize=2.5, label=name)
-    axes.set(xlabel="optimizer step", title="test accuracy", ylim=(0.4, 1.03), yticks=[0.5, 1], xticks=[1, 5, 10])
-    axes.legend(loc="lower right", title="first weights", title_fontsize=7)
-
-
+    axes.set(xlabel="optimizer step", title="test accuracy", ylim=(0.4, 1.03), yticks=[0.5, 1], xticks=[1, 5, 11])
+    axes.legend(loc="center right", title="first weights", title_fontsize=7)

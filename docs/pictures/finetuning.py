@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import MaxNLocator
+from torchvision.transforms import v2
+
 from lightning_recipes.callbacks.finetuning.freezeout import freezing_times, rate
 from lightning_recipes.callbacks.finetuning.progressive_unfreezing import awake, group_scales
 from lightning_recipes.core.averaging import interpolate
 from lightning_recipes.core.mixing import Mix, smooth
 from lightning_recipes.core.mixing import draw as draw_mix
 from lightning_recipes.modules.projection import reweighting
-from matplotlib.ticker import MaxNLocator
-from torchvision.transforms import v2
-
 from pictures import BLUE, FAINT, INK, ORANGE, arrow, bare, box, digit, draws, image, scheme, tiles
 from pictures.small_nets import digits, shifted, softmax_regression
 
@@ -79,23 +79,27 @@ def mixup(figure):
 
 @draws("WiSEFT")
 def wise_ft(figure):
-    """A small classifier of digits, pre-trained where they stand anywhere and fine-tuned where they stand in the middle:
-    accuracy of the mean of both ends' weights, here and elsewhere."""
+    """A small classifier of digits, pre-trained where they stand in two places and fine-tuned on one of them: accuracy
+    there and elsewhere of every mean of the two ends' weights. It bulges above the straight line (dotted)."""
     x, y = digits()
-    wide = torch.cat([shifted(x[:900], 1), x[:900]])
-    before = softmax_regression(wide, y[:900].repeat(2), 60)
-    after = softmax_regression(x[:900], y[:900], 3000, before, lr=1.0)
-    shares = np.linspace(0, 1, 21)
+    few = torch.cat([shifted(x[500:700]), x[500:700]])
+    before = softmax_regression(few, y[500:700].repeat(2), 40)
+    after = softmax_regression(x[:500], y[:500], 400, before)
+    test, labels = x[1000:], y[1000:]
+    curve = []
+    for share in np.linspace(0, 1, 21):
+        weight = interpolate(before, after, float(share))
+        curve.append([float(((part @ weight.T).argmax(1) == labels).float().mean()) for part in (test, shifted(test))])
+    home, elsewhere = np.array(curve).T
     axes = figure.subplots()
-    for data, tone, name in ((x[900:], BLUE, "at home"), (shifted(x[900:], 1), ORANGE, "elsewhere")):
-        curve = [
-            float(((data @ interpolate(before, after, a).T).argmax(1) == y[900:]).float().mean()) for a in shares
-        ]
-        axes.plot(shares, curve, color=tone, label=name)
-        axes.plot(0.5, curve[10], marker="o", color=tone)
-    axes.set(xlabel="α: from pre-trained to fine-tuned", title="accuracy of the mean", xticks=[0, 0.5, 1])
+    axes.plot(home[[0, -1]], elsewhere[[0, -1]], color=FAINT, linestyle=":")
+    axes.plot(home, elsewhere, color=BLUE, marker="o", markersize=2.5)
+    for i, name, side in ((0, "pre-trained", "left"), (20, "fine-tuned", "right")):
+        axes.plot(home[i], elsewhere[i], marker="o", color=ORANGE)
+        axes.text(home[i] + 0.006 * (1 - i / 10), elsewhere[i], name, ha=side, va="center" if i else "bottom")
+    axes.set(xlabel="accuracy at home", ylabel="elsewhere")
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.yaxis.set_major_locator(MaxNLocator(3))
-    axes.legend()
 
 
 @draws("BANG")
@@ -136,8 +140,9 @@ def levi(figure):
         arrow(axes, (x - 0.37, 0.55), (x - 0.23, 0.55), FAINT)
         box(axes, x, 1.15, 0.4, 0.3, "head", BLUE)
         arrow(axes, (x, 0.75), (x, 1.0), FAINT)
-        arrow(axes, (x + 0.2, 1.22), (2.62, 1.15 + 0.06 * (i - 1)), BLUE, linewidth=0.9)
         arrow(axes, (1.5 + 0.25 * (i - 1), 1.6), (x, 1.3), ORANGE, linewidth=0.9)
+    box(axes, 1.35, 1.15, 1.8, 0.46, "", BLUE, 0.07, linestyle=":")
+    arrow(axes, (2.25, 1.15), (2.62, 1.15), BLUE)
     axes.text(0.2, 0.55, "x", ha="center", va="center", fontsize=10)
     box(axes, 1.5, 1.75, 1.0, 0.3, "small network", ORANGE)
     arrow(axes, (0.2, 0.7), (1.0, 1.75), ORANGE, connectionstyle="arc3,rad=-0.35", linewidth=1.0)
@@ -180,5 +185,3 @@ def pre_post_monitor(figure):
         box(axes, x, 0.8, 0.62, 0.36, "probe", tone)
         arrow(axes, (x, 0.62), (x, 0.4), tone)
         axes.text(x, 0.2, f"accuracy of {name}", ha="center", fontsize=7, color=tone)
-
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from lightning_recipes.callbacks.adapters.subgm import decay_for, subgradient, subgradient_step
 from lightning_recipes.callbacks.diagnostics.generalization_dynamics import mode_weights
 from lightning_recipes.datamodules.matrix_sensing import low_rank
@@ -11,7 +12,6 @@ from lightning_recipes.modules.dual_input_output import warp
 from lightning_recipes.modules.low_rank_recovery import measure
 from lightning_recipes.modules.mixer import squeezed
 from lightning_recipes.modules.two_layer_relu import even_part, odd_part
-
 from pictures import BLUE, FAINT, INK, ORANGE, RED, VIOLET, arrow, bare, box, digit, draws, scheme, tiles
 
 
@@ -93,10 +93,10 @@ def low_rank_recovery(figure):
     u, eta = 1e-3 * torch.randn(d, d, generator=draws_) / d**0.5, 0.25
     rho, shown = decay_for(1e-3, eta), {}
     for step in range(181):
-        if step in (20, 32, 180):
+        if step in (31, 180):
             shown[f"step {step}"] = u @ u.T
         u = subgradient_step(u, subgradient(a, y, u @ u.T), eta * rho**step)
-    for axes, (name, x) in zip(figure.subplots(1, 4), {**shown, "truth": truth}.items()):
+    for axes, (name, x) in zip(figure.subplots(1, 3), {**shown, "truth": truth}.items()):
         bare(axes, name).set_aspect("equal")
         scaled = (x / truth.abs().max()).numpy()
         tiles(axes, np.abs(scaled), gap=0.06, tones=np.where(scaled > 0, BLUE, ORANGE))
@@ -125,5 +125,3 @@ def two_layer_relu(figure):
         places = (x[:80] + torch.tensor([3.4, -3.0])) * torch.tensor([25 / 6.8, -22 / 6.0])
         for label, tone in ((1, BLUE), (-1, ORANGE)):
             axes.scatter(*places[y[:80] == label].T, s=4, color=tone, linewidths=0)
-
-

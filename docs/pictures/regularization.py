@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from lightning_recipes.callbacks.regularization.gradient_noise import deviation
 from lightning_recipes.callbacks.regularization.guidance import layer_pairs
 from lightning_recipes.callbacks.regularization.normalized_gd import normalized_logistic_gd
 from lightning_recipes.callbacks.regularization.ps_kd import growth, refined
-
 from pictures import BLUE, FAINT, INK, ORANGE, bare, box, draws, scheme, tiles, whole
 
 

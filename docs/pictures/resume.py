@@ -29,5 +29,3 @@ def exact_resume(figure):
     axes.text(2.93, 1.53, "=", fontsize=11, ha="left", va="center", color=GREEN)
     axes.plot([3.12, 3.2, 3.2, 3.12], [1.53, 1.53, 0.43, 0.43], color=GREEN, linewidth=1.2)
     axes.text(1.5, 0.08, "optimizer steps →", ha="center", fontsize=7, color=INK)
-
-

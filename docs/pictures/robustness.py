@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from lightning_recipes.callbacks.robustness.aaer import abnormal_statistics
 from lightning_recipes.callbacks.robustness.backdoor_adjustment import fuse
 from lightning_recipes.callbacks.robustness.cosine_head import cosine_logits
@@ -12,7 +13,6 @@ from lightning_recipes.callbacks.robustness.logit_adjustment import adjusted, lo
 from lightning_recipes.core.attacks import fgsm, pgd
 from lightning_recipes.datamodules.long_tailed import exponential_profile
 from lightning_recipes.modules.mixer import mixture
-
 from pictures import BLUE, FAINT, GREEN, INK, ORANGE, RED, VIOLET, arrow, bare, box, draws, image, scheme, tiles
 from pictures.small_nets import digits, on_digits
 
@@ -51,7 +51,7 @@ def adapt_former(figure):
     arrow(axes, (1.23, 0.42), (1.36, 0.42), BLUE)
     arrow(axes, (1.64, 0.42), (1.77, 0.42), BLUE)
     arrow(axes, (2.13, 0.42), (2.75, 0.88), BLUE, connectionstyle="angle,angleA=0,angleB=-90,rad=4")
-    axes.text(2.32, 0.5, "· s", fontsize=8, color=BLUE)
+    axes.text(2.45, 0.5, "· s", fontsize=8, ha="center", color=BLUE)
     axes.text(2.75, 1.0, "+", ha="center", va="center", fontsize=12)
     arrow(axes, (2.86, 1.0), (3.15, 1.0), INK)
 
@@ -71,7 +71,9 @@ def adaptive_smoothing(figure):
         right = (p[:, 0] > p[:, 1:].amax(1)).numpy()
         axes.plot(shares, p[:, 0], color=tone, linewidth=1, alpha=0.5)
         axes.plot(shares, np.where(right, p[:, 0], np.nan), color=tone, linewidth=2.6, label=name)
-    axes.set(xlabel="α", title="probability of the right class (thick: it wins)", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    axes.set(
+        xlabel="α", title="probability of the right class (thick: it wins)", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1]
+    )
     axes.legend(loc="lower center")
 
 

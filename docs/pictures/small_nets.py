@@ -7,10 +7,10 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning_recipes.datamodules.xor_clusters import XORClusters, balanced_draw
-from lightning_recipes.modules.two_layer_relu import even_part, odd_part
 from torch import Tensor
 
+from lightning_recipes.datamodules.xor_clusters import XORClusters, balanced_draw
+from lightning_recipes.modules.two_layer_relu import even_part, odd_part
 from pictures import _digits
 
 
@@ -47,10 +47,10 @@ def shifted(x: Tensor, by: int = 1) -> Tensor:
 
 
 @functools.cache
-def grokking(omega: float, steps: int = 14) -> dict[str, list[float]]:
+def grokking(omega: float, steps: int = 11) -> dict[str, list[float]]:
     """A two-layer ReLU network on XOR clusters with flipped labels, as the paper has it but smaller: accuracy on the
     training labels and on clean test samples, and the linear share, at every step from 0 on."""
-    n, p, m, lr = 120, 1500, 60, 0.0008
+    n, p, m, rate = 160, 2500, 100, 0.01
     draws = torch.Generator().manual_seed(0)
     means = torch.zeros(2, p)
     means[0, 0] = means[1, 1] = 11.0
@@ -66,12 +66,12 @@ def grokking(omega: float, steps: int = 14) -> dict[str, list[float]]:
             found["test"].append(float(((odd + even > 0) == (ty > 0)).float().mean()))
             found["linear"].append(float(odd.square().mean() / (odd.square() + even.square()).mean()))
         pull = torch.sigmoid(-y * ((x @ w.T).relu() @ a)) * y
-        w = w + lr * 1e3 / n * a[:, None] * ((((x @ w.T) > 0) * pull[:, None]).T @ x)
+        w = w + rate / n * a[:, None] * ((((x @ w.T) > 0) * pull[:, None]).T @ x)
     return found
 
 
-def logistic_landscape(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A valley that is steep one way and flat the other, for pictures of gradients: its value and gradient."""
-    value = 0.5 * (6 * (y - 0.35 * np.sin(1.6 * x)) ** 2 + 0.25 * (x - 1.2) ** 2)
-    steep = 6 * (y - 0.35 * np.sin(1.6 * x))
-    return value, np.stack([-steep * 0.56 * np.cos(1.6 * x) + 0.25 * (x - 1.2), steep])
+def valley(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A loss in two weights for pictures of gradients, with a valley that gets wider to the right: value, gradient."""
+    narrow = (1 - np.tanh(x)) / 2
+    value = 0.3 * (x - 1) ** 2 + 0.3 * y**2 + 0.9 * narrow * y**4
+    return value, np.stack([0.6 * (x - 1) - 0.45 * y**4 / np.cosh(x) ** 2, 0.6 * y + 3.6 * narrow * y**3])
