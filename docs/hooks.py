@@ -38,9 +38,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Set the navigation: the recipes by folder, the tutorials that there are."""
     tutorials = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / "tutorials").glob("*.md"))
     tutorials.sort(key=lambda path: not path.endswith("/index.md"))
-    recipes = [
-        {pages.title(folder): [pages.path(name) for name in found]} for folder, found in pages.by_folder().items()
-    ]
+    folders = pages.by_folder()
+    recipes = [{pages.title(folder): [pages.path(name) for name in found]} for folder, found in folders.items()]
     config.nav = [
         "index.md",
         "gallery.md",

@@ -73,8 +73,8 @@ def glad(figure):
         arrow(axes, here, end, tone, linewidth=2.2 if tone == BLUE else 1.4)
         axes.text(*(end + np.array(side)), name, color=tone, ha="center", va="center", fontweight="bold")
     axes.plot(*here, marker="o", color=INK, markersize=5)
-    axes.text(*(here + (0.1, 0.08)), "θ", ha="left")
-    axes.text(*(there + (0.1, 0.02)), "θ + e", ha="left")
+    axes.text(here[0] + 0.1, here[1] + 0.08, "θ")
+    axes.text(there[0] + 0.1, there[1] + 0.02, "θ + e")
 
 
 @draws("InsertAttention")

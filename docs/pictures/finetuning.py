@@ -152,8 +152,8 @@ def levi(figure):
 
 @draws("ProjectionHead")
 def projection_head(figure):
-    """Training goes through the head h, which is thrown away: z keeps features that u has shrunk (bars: the fixed head's
-    weight of each feature)."""
+    """Training goes through the head h, which is thrown away: z keeps features that u has shrunk (bars: the weights that
+    the fixed head gives them)."""
     axes = scheme(figure)
     for x, name, tone in ((0.55, "network", INK), (1.65, "h", ORANGE), (2.7, "classifier", INK)):
         box(axes, x, 1.45, 0.78 if len(name) > 1 else 0.5, 0.4, name, tone)

@@ -31,8 +31,8 @@ def adaptive_smoothing_module(figure):
 
 @draws("BalancedCNN")
 def balanced_cnn(figure):
-    """The twelve layers: height is the size of the map, width the channels. Every block has attention (orange), mixed by
-    a scalar of its own."""
+    """The twelve layers: height is the size of the map, width the channels. Every block has attention (orange),
+    mixed by a scalar of its own."""
     axes = scheme(figure, 3.3, 2.0)
     x = 0.12
     for height, width, blocks in ((1.25, 0.10, 1), (1.25, 0.11, 3), (0.85, 0.16, 3), (0.55, 0.24, 3), (0.33, 0.36, 2)):
@@ -65,8 +65,8 @@ def dual_input_output(figure):
 
 @draws("LinearStudent")
 def linear_student(figure):
-    """Weights of the student along eight directions, from their first values to the teacher's (dots) and beyond, to what
-    the noise says: each at a speed of its own, the slowest most wrong."""
+    """Weights of the student along eight directions, from their first values to the teacher's (dots) and beyond, to
+    what the noise says: each at a speed of its own, the slowest most wrong."""
     draws_ = torch.Generator().manual_seed(3)
     values = torch.logspace(0.7, -2.2, 8, dtype=torch.float64)
     start, teacher, noise = (s * torch.randn(8, generator=draws_, dtype=torch.float64) for s in (0.2, 1.0, 0.25))

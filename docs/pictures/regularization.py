@@ -64,8 +64,8 @@ def normalized_gd(figure):
         paths[normalized] = torch.stack(found).numpy()
     end = paths[True][-1]
     axes = whole(figure)
-    low = np.minimum(paths[True].min(0), paths[False].min(0)) - (1.2, 0.7)
-    high = np.maximum(paths[True].max(0), paths[False].max(0)) + (2.0, 1.0)
+    low = np.minimum(paths[True].min(0), paths[False].min(0)) - np.array([1.2, 0.7])
+    high = np.maximum(paths[True].max(0), paths[False].max(0)) + np.array([2.0, 1.0])
     x1, x2 = np.meshgrid(np.linspace(low[0], high[0], 60), np.linspace(low[1], high[1], 50))
     theta = torch.tensor(np.stack([x1.ravel(), x2.ravel()], 1), dtype=torch.float32)
     loss = F.softplus(-(theta @ (a * y[:, None]).T)).mean(1).view(x1.shape).numpy()

@@ -1,4 +1,4 @@
-"""The documentation's site: it builds strictly, offline, with a page and a picture for every recipe, and no dead link."""
+"""The documentation's site: it builds strictly and offline, with a page and a picture a recipe, and no dead link."""
 
 from __future__ import annotations
 
