@@ -7,7 +7,7 @@ Nothing that is written here lands in the repository. A page in ``docs/`` may sa
     <!-- modules and data -->                         what ``modules`` and ``datamodules`` hold
     <!-- include FILE -->                             a Markdown file of the repository, without its title
     <!-- include FILE only: Section; Section -->      those of its sections
-    <!-- include FILE but for: Section; Section -->   all but those
+    <!-- include FILE but for: Section; Section -->   all but those; 'intro' is what stands before the first
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def include(what: str) -> str:
     if parts is None or not (ROOT / parts[1]).is_file():
         raise PluginError(f"cannot include {what!r}: there is no such file in the repository")
     text = (ROOT / parts[1]).read_text(encoding="utf-8")
-    found = {"": ""}
+    found = {"intro": ""}
     for piece in re.split(r"^(?=## )", text, flags=re.MULTILINE):
         heading = re.match(r"## (.*)\n", piece)
-        found[heading[1] if heading else ""] = piece if heading else re.sub(r"\A# .*\n", "", piece)
+        found[heading[1] if heading else "intro"] = piece if heading else re.sub(r"\A# .*\n", "", piece)
     named = [name.strip() for name in (parts[3] or "").split(";") if name.strip()]
     if unknown := [name for name in named if name not in found]:
-        raise PluginError(f"{parts[1]} has no section {unknown[0]!r}; it has {', '.join(filter(None, found))}")
+        raise PluginError(f"{parts[1]} has no section {unknown[0]!r}; it has {', '.join(found)}")
     if parts[2] == "only":
         found = {name: found[name] for name in named}
     elif parts[2]:

@@ -60,8 +60,9 @@ def about(folder: str) -> str:
 def page(recipe: type) -> str:
     """A recipe's page: picture, what it does and costs, how to use it, its arguments, its maths and its evidence."""
     name = recipe.__name__
-    parts = [f"---\ntitle: {name}\n---", f"# {name}", f"{prose(recipe.does)}\n{{ .does }}", figure(name, "../")]
-    parts += [terms(facts(recipe)), *use(recipe), *how_it_works(recipe), "## Arguments"]
+    parts = [f"---\ntitle: {name}\nhide: [toc]\n---", f"# {name}", f"{prose(recipe.does)}\n{{ .does }}"]
+    parts += ['<div class="top" markdown>', figure(name, "../"), terms(facts(recipe)), "</div>"]
+    parts += [*use(recipe), *how_it_works(recipe), "## Arguments"]
     declared = [(f"`{name}{kind}`", prose(says)) for name, kind, says in cli.documented_arguments(recipe)]
     parts += [terms(declared) if declared else "None."]
     if others := cli.beside(recipe):
@@ -87,8 +88,9 @@ def terms(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def use(recipe: type) -> list[str]:
-    """How to use it: its configs and the line that imports it."""
-    parts = ["## Use"]
+    """How to use it: what the class says, its configs and the line that imports it."""
+    says = docstring_parser.parse(inspect.getdoc(recipe) or "")
+    parts = ["## Use", *(prose(text) for text in (says.short_description, says.long_description) if text)]
     for file in cli.config_files(recipe):
         shown = file.relative_to(cli.config_folder()).as_posix()
         whole = shown.startswith("papers/")
@@ -102,12 +104,10 @@ def use(recipe: type) -> list[str]:
 
 
 def how_it_works(recipe: type) -> list[str]:
-    """What the class and its file say: the equations, where they come from and what is the paper's."""
+    """What its file says: the equations, where they come from, and what of them is the paper's."""
     file = inspect.getmodule(recipe)
-    says = docstring_parser.parse(inspect.getdoc(recipe) or "")
-    own = [text for text in (says.short_description, says.long_description) if text]
     source = f"From `{file.__name__.replace('.', '/')}.py`.\n{{ .where }}"
-    return [*(prose(text) for text in own), "## How it works", prose(inspect.getdoc(file) or ""), source]
+    return ["## How it works", prose(inspect.getdoc(file) or ""), source]
 
 
 def others_table(others: Sequence[tuple[str, str, str]]) -> str:

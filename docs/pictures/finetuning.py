@@ -152,7 +152,7 @@ def levi(figure):
 
 @draws("ProjectionHead")
 def projection_head(figure):
-    """Training goes through the head h, which is thrown away: z keeps features that u has shrunk (bars: the weights that
+    """Training goes through the head h, which is thrown away: z keeps features that u has shrunk (bars: weights that
     the fixed head gives them)."""
     axes = scheme(figure)
     for x, name, tone in ((0.55, "network", INK), (1.65, "h", ORANGE), (2.7, "classifier", INK)):

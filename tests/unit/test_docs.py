@@ -18,6 +18,8 @@ from lightning_recipes import cli
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(cli.recipes())
+README = ROOT / "README.md"
+SECTIONS = re.findall(r"^## (.*)", README.read_text(encoding="utf-8"), re.MULTILINE) if README.is_file() else []
 
 pytest.importorskip("material", reason="needs the extra 'docs'")
 pytestmark = pytest.mark.skipif(not (ROOT / "mkdocs.yml").is_file(), reason="needs a checkout")
@@ -149,10 +151,7 @@ def test_a_recipe_without_a_picture_stops_the_build_and_is_named(tmp_path: Path)
         "no picture of AAER: write a function in docs/pictures for each",
         "docs/pictures draws Nobody, which is no public recipe",
         "cannot include 'NOTHING.md': there is no such file in the repository",
-        "README.md has no section 'Nonsense'; it has " + ", ".join(re.findall(r"^## (.*)", README, re.MULTILINE)),
+        "README.md has no section 'Nonsense'; it has " + ", ".join(["intro", *SECTIONS]),
         "<lambda> has no docstring to be the picture's caption",
         "AAER has two pictures, aaer and aaer",
     ]
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").is_file() else ""
