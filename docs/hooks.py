@@ -114,6 +114,8 @@ def include(what: str) -> str:
         found = {name: piece for name, piece in found.items() if name not in named}
     text = "\n".join(piece.strip() + "\n" for piece in found.values())
     text = re.sub(r"^<!-- .*? -->\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^   (?=\S)", "    ", text, flags=re.MULTILINE)  # what belongs to an item of a list
+    text = text.replace(" ± ", "\u00a0±\u00a0")  # a figure and its spread stay on one line
     return re.sub(r"\]\(([^)#:\s]+)\)", lambda m: f"]({LINKS.get(m[1], m[1])})", text)
 
 
@@ -121,13 +123,12 @@ def linked(markdown: str, here: str) -> str:
     """The text with every `Name` of a recipe in code style a link to its page, but for code blocks and links."""
     known, up = pages.known(), "../" * here.count("/")
     names = "|".join(sorted(known, key=len, reverse=True))
-    inside = re.compile(rf"(?<!\[)`({names})`(?!\])")
+    inside = re.compile(rf"(?<![\[`])`({names})`(?![\]`])")
     lines, fenced = [], False
     for line in markdown.split("\n"):
         if line.lstrip(" >").startswith("```"):
             fenced = not fenced
-        plain = fenced or line.startswith(("    ", "#", "<"))
-        if not plain:
+        if not fenced and not line.startswith(("#", "<")):
             line = inside.sub(
                 lambda m: m[0] if pages.path(m[1]) == here else f"[`{m[1]}`]({up}{pages.path(m[1])})", line
             )

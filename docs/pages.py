@@ -137,7 +137,7 @@ def figure_of(claim: Mapping[str, Any], side: str) -> str:
     value, spread = claim.get(side), claim.get(f"{side}_sd")
     if not isinstance(value, (int, float)):
         return cell(str(value)) if value is not None else ""
-    return f"{value:.3g} ± {spread:.2g}" if isinstance(spread, (int, float)) else f"{value:.3g}"
+    return f"{value:.3g}\u00a0±\u00a0{spread:.2g}" if isinstance(spread, (int, float)) else f"{value:.3g}"
 
 
 # -- pictures and the gallery ----------------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def prose(text: str) -> str:
         if line.startswith("    "):
             lines.append(line)  # equations and tables stand in blocks of their own
             continue
-        line = re.sub(r":\w+:(`[^`]*`)", r"\1", line)
-        pieces = re.split(r"(``.*?``|`[^`]*`)", line)
+        line = re.sub(r"``([^`]+)``", r"`\1`", re.sub(r":\w+:(`[^`]*`)", r"\1", line))
+        pieces = re.split(r"(`[^`]*`)", line)
         lines.append("".join(piece if piece.startswith("`") else _escaped(piece) for piece in pieces))
     return "\n".join(lines)
 

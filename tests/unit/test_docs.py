@@ -109,6 +109,7 @@ def test_no_link_is_dead_and_nothing_is_loaded_from_elsewhere(site: Path) -> Non
     pages = {path.relative_to(site).as_posix(): Read(path) for path in site.rglob("*.html")}
     assert len(pages) > len(NAMES) + 5
     for path, page in pages.items():
+        assert "](" not in page.text and "<!--" not in page.text, f"{path} shows markup"
         for target in page.loads:
             assert not urlsplit(target).netloc or path == "404.html", f"{path} loads {target}"
         if path == "404.html":
