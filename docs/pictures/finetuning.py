@@ -59,6 +59,10 @@ def _mixed(figure, transform, seed: int) -> None:
     grid = figure.subplots(2, 3, height_ratios=(2.2, 1))
     for column, (shown, target) in enumerate(zip((*pair, result[0]), (*labels, label[0]))):
         image(grid[0][column], shown[0].numpy(), ("a", "b", "trained on")[column])
+        if column == 2 and mix.box is not None:
+            x1, y1, x2, y2 = mix.box
+            corners = ([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1])
+            grid[0][column].plot(*corners, color=ORANGE, linewidth=1.4, clip_on=False)
         axes = grid[1][column]
         axes.bar(range(10), target, color=[(ORANGE, FAINT)[c != 0] if c != 3 else BLUE for c in range(10)], width=0.75)
         axes.set(ylim=(0, 1), yticks=[], xticks=[0, 3, 9])
