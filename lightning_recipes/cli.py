@@ -159,22 +159,51 @@ def _wrapped_row(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def card(recipe: type) -> str:
-    """One recipe's card: what it does and costs, its paper, its arguments, its configs and its evidence."""
-    name, paper = recipe.__name__, recipe.paper
-    facts = [("Use when", recipe.use_when), ("Costs", recipe.costs)]
-    if paper:
-        facts += [("Paper", f"{paper.title}. {paper.authors}, {paper.year}."), ("", paper.url)]
-        facts += [("Code", paper.code)] if paper.code else []
+    """One recipe's card: what it does and costs, its paper, its arguments, its configs, which other recipes it cannot
+    share a Trainer with, and its evidence. The documentation's pages are made of the same parts."""
+    name = recipe.__name__
     lines = [f"{name} ({purpose(recipe)})" if purpose(recipe) else name, "", *_paragraph(recipe.does), ""]
-    lines += [line for label, text in facts for line in _paragraph(text, f"  {label:<10}")]
+    lines += [line for label, text in facts(recipe) for line in _paragraph(text, f"  {label:<10}")]
     lines += ["", "Arguments", *([line for argument in arguments(recipe) for line in argument] or ["  none"])]
-    package = ".".join(recipe.__module__.split(".")[:2])
-    lines += ["", "Import", f"  from {package} import {name}"]
+    lines += ["", "Import", f"  {import_line(recipe)}"]
     for path in config_files(recipe):
         shown = path.relative_to(config_folder()).as_posix()
         lines += ["", f"Config: --config {shown}", textwrap.indent(path.read_text(encoding="utf-8").rstrip(), "  ")]
+    if others := beside(recipe):
+        lines += ["", "Beside other recipes"]
+        lines += [line for how, other, why in others for line in _paragraph(f"{how} {other}: {why}", "  - ", "    ")]
     lines += ["", "Evidence", *evidence(name)]
     return "\n".join(lines)
+
+
+def facts(recipe: type) -> list[tuple[str, str]]:
+    """When to use a recipe, what it costs and where it comes from, each with its label ('' goes on with the last)."""
+    found, paper = [("Use when", recipe.use_when), ("Costs", recipe.costs)], recipe.paper
+    if paper:
+        found += [("Paper", f"{paper.title}. {paper.authors}, {paper.year}."), ("", paper.url)]
+        found += [("Code", paper.code)] if paper.code else []
+    return found
+
+
+def import_line(recipe: type) -> str:
+    """The line of Python that imports it."""
+    return f"from {'.'.join(recipe.__module__.split('.')[:2])} import {recipe.__name__}"
+
+
+def beside(recipe: type) -> list[tuple[str, str, str]]:
+    """What holds for a recipe beside other public ones in one Trainer: 'not with', 'after' or 'before', the other's
+    name, and the reason, whichever of the two says so."""
+    known, name = recipes(), recipe.__name__
+    found = {other: ("not with", why) for other, why in getattr(recipe, "refuses", {}).items()}
+    for other, cls in known.items():
+        if name in (says := getattr(cls, "refuses", None) or {}):
+            found.setdefault(other, ("not with", says[name]))
+    found |= {other: ("after", why) for other, why in (getattr(recipe, "comes_after", None) or {}).items()}
+    for other, cls in known.items():
+        if name in (says := getattr(cls, "comes_after", None) or {}):
+            found.setdefault(other, ("before", says[name]))
+    ordered = sorted(found.items(), key=lambda item: (("not with", "after", "before").index(item[1][0]), item[0]))
+    return [(how, other, why) for other, (how, why) in ordered if other in known]
 
 
 def _paragraph(text: str, first: str = "  ", rest: str | None = None) -> list[str]:
@@ -185,6 +214,12 @@ def _paragraph(text: str, first: str = "  ", rest: str | None = None) -> list[st
 
 def arguments(recipe: type) -> Iterator[list[str]]:
     """The lines for each constructor argument: ``name: type = default``, then what its docstring says."""
+    for name, declared, says in documented_arguments(recipe):
+        yield [f"  {name}{declared}"] + (_paragraph(says, "      ") if says else [])
+
+
+def documented_arguments(recipe: type) -> Iterator[tuple[str, str, str]]:
+    """Each constructor argument: its name, ``: type = default`` as it is declared, and what its docstring says."""
     import docstring_parser
 
     documented = {
@@ -198,21 +233,27 @@ def arguments(recipe: type) -> Iterator[list[str]]:
         if not isinstance(kind, str):
             kind = "Any" if kind is parameter.empty else inspect.formatannotation(kind)
         default = "  (required)" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        lines = [f"  {name}: {kind}{default}" if parameter.kind is not parameter.VAR_KEYWORD else f"  **{name}"]
-        yield lines + (_paragraph(documented[name], "      ") if documented.get(name) else [])
+        if parameter.kind is parameter.VAR_KEYWORD:
+            yield f"**{name}", "", documented.get(name, "")
+        else:
+            yield name, f": {kind}{default}", documented.get(name, "")
 
 
 def evidence(name: str) -> list[str]:
-    """The lines of a recipe's measured claims, from ``evidence.json`` beside this file where it is there."""
-    path = Path(__file__).parent / "evidence.json"
-    claims = json.loads(path.read_text(encoding="utf-8")).get(name, []) if path.is_file() else []
+    """The lines of a recipe's measured claims."""
     lines: list[str] = []
-    for claim in claims:
+    for claim in claims(name):
         lines += _paragraph(str(claim.get("claim", "")), "  - ")
         figures = {"with": name, "without": "without", "seeds": "seeds"}
         facts = [f"{figures.get(key, key)}: {value}" for key, value in claim.items() if key != "claim"]
         lines += _paragraph("; ".join(facts), "    ") if facts else []
     return lines or ["  none recorded yet"]
+
+
+def claims(name: str) -> list[dict[str, Any]]:
+    """A recipe's measured claims, from ``evidence.json`` beside this file where it is there."""
+    path = Path(__file__).parent / "evidence.json"
+    return json.loads(path.read_text(encoding="utf-8")).get(name, []) if path.is_file() else []
 
 
 # -- configs ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""Pictures of ``callbacks/regularization``."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lightning_recipes.callbacks.regularization.gradient_noise import deviation
+from lightning_recipes.callbacks.regularization.guidance import layer_pairs
+from lightning_recipes.callbacks.regularization.normalized_gd import normalized_logistic_gd
+from lightning_recipes.callbacks.regularization.ps_kd import growth, refined
+from pictures import BLUE, FAINT, INK, ORANGE, bare, box, draws, scheme, tiles, whole
+
+
+@draws("GradientNoise")
+def gradient_noise(figure):
+    """The noise on one entry of the gradient over 600 steps, and its standard deviation."""
+    axes = figure.subplots()
+    steps = np.arange(600)
+    sigma = np.array([deviation(int(step), 0.3, 0.55) for step in steps])
+    noise = torch.randn(600, generator=torch.Generator().manual_seed(0)).numpy() * sigma
+    axes.scatter(steps, noise, s=3, color=BLUE, linewidths=0, alpha=0.75)
+    for sign in (1, -1):
+        axes.plot(steps, sign * sigma, color=ORANGE)
+    axes.text(330, 0.36, "± σ", color=ORANGE)
+    axes.set(xlabel="optimizer step", ylim=(-0.85, 0.85), yticks=[0], xticks=[0, 300, 600])
+
+
+@draws("Guidance")
+def guidance(figure):
+    """Which layer of the guide (orange, frozen) each layer of the network (blue) is pulled towards."""
+    guides, targets = 5, 9
+    axes = scheme(figure, 3.3, 2.0)
+    at_guide = np.linspace(0.5, 2.95, guides)
+    at_target = np.linspace(0.35, 3.05, targets)
+    pairs = layer_pairs(guides, targets)
+    for target, guide in pairs.items():
+        axes.plot([at_guide[guide], at_target[target]], [1.42, 0.62], color=INK, linewidth=1.0, linestyle=":")
+    for i, x in enumerate(at_guide):
+        box(axes, x, 1.55, 0.34, 0.26, "", ORANGE, 0.3 if i in pairs.values() else 0.1)
+    for i, x in enumerate(at_target):
+        box(axes, x, 0.5, 0.22, 0.26, "", BLUE, 0.45 if i in pairs else 0.1)
+    axes.text(1.72, 1.8, "guide, of any architecture", ha="center", fontsize=7)
+    axes.text(1.72, 0.14, "network that trains: + α Σ (1 − CKA)", ha="center", fontsize=7)
+
+
+@draws("NormalizedGD")
+def normalized_gd(figure):
+    """Over the loss of a logistic regression with unbalanced classes: forty steps of plain gradient descent, which get
+    shorter and shorter, and the normalised ones until every sample is right (star)."""
+    draws_ = torch.Generator().manual_seed(1)
+    few, many = 4, 60
+    a = torch.cat(
+        [
+            torch.tensor([0.55, 0.9]) + 0.12 * torch.randn(few, 2, generator=draws_),
+            torch.tensor([-0.35, 1.0]) + 0.22 * torch.randn(many, 2, generator=draws_),
+        ]
+    )
+    y = torch.cat([torch.ones(few), -torch.ones(many)])
+    paths = {}
+    for normalized in (True, False):
+        found = [normalized_logistic_gd(a, y, 1.0, k, normalized)[0] for k in range(40)]
+        paths[normalized] = torch.stack(found).numpy()
+    end = paths[True][-1]
+    axes = whole(figure)
+    low = np.minimum(paths[True].min(0), paths[False].min(0)) - np.array([1.2, 0.7])
+    high = np.maximum(paths[True].max(0), paths[False].max(0)) + np.array([2.0, 1.0])
+    x1, x2 = np.meshgrid(np.linspace(low[0], high[0], 60), np.linspace(low[1], high[1], 50))
+    theta = torch.tensor(np.stack([x1.ravel(), x2.ravel()], 1), dtype=torch.float32)
+    loss = F.softplus(-(theta @ (a * y[:, None]).T)).mean(1).view(x1.shape).numpy()
+    axes.contour(x1, x2, loss, levels=np.geomspace(loss.min() * 1.15, loss.max(), 11), colors=FAINT, linewidths=0.7)
+    for normalized, tone, name in ((False, ORANGE, "plain"), (True, BLUE, "normalised")):
+        axes.plot(*paths[normalized].T, color=tone, marker="o", markersize=2.6, linewidth=1.2, label=name)
+    axes.plot(0, 0, marker="o", color=INK, markersize=4)
+    axes.plot(*end, marker="*", color=BLUE, markersize=9)
+    axes.legend(loc="upper right")
+
+
+@draws("PSKD")
+def ps_kd(figure):
+    """The target of one digit (label 3) over the epochs: more and more of the network's own prediction of an epoch
+    before, in which it is not sure."""
+    y = F.one_hot(torch.tensor(3), 10).float()
+    past = torch.tensor([0.01, 0.02, 0.08, 0.42, 0.0, 0.18, 0.0, 0.01, 0.24, 0.04])
+    epochs = 6
+    rows = torch.stack([refined(y, past if e else y, growth(e, epochs, 0.8)) for e in range(epochs)])
+    axes = bare(figure.subplots())
+    tiles(axes, (rows**0.6).numpy(), BLUE)
+    axes.set_xticks(np.arange(10) + 0.5, range(10))
+    axes.set_yticks(np.arange(epochs) + 0.5, [f"epoch {e}" for e in range(epochs)])
+    axes.tick_params(length=0)
+    axes.set_xlabel("class")
