@@ -244,8 +244,8 @@ def live(setting: Draw, folder: Path, words: Any, rank: int, trouble: Trouble | 
     except BaseException:
         (folder / f"error{rank}.txt").write_text(traceback.format_exc())
         status = BROKEN
-    if tells.module is not None and (held := held_by_recipes(tells.module)):
-        (folder / f"held{rank}.txt").write_text(", ".join(held))
+    if tells.module is not None:
+        (folder / f"held{rank}.json").write_text(json.dumps(held_by_recipes(tells.module)))
     return status
 
 
@@ -254,13 +254,10 @@ def held_by_recipes(module: pl.LightningModule) -> list[str]:
     wrapped = {"training_step", "configure_optimizers", "configure_gradient_clipping", "log", "predict_step"}
     held = sorted(wrapped & set(module.__dict__))
     held += [f"{name} in torch" for name in ("cross_entropy",) if "recipes" in getattr(F, name).__module__]
-    kept = [name for name, part in module.named_modules() if type(part).__module__.startswith("lightning_recipes.")]
     for name, part in module.named_modules():
-        if any(name == each or name.startswith(f"{each}.") for each in kept):
-            continue  # a structure that a recipe leaves in the module by choice
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             ours = [each for each in getattr(part, kind).values() if "recipes" in (each.__module__ or "")]
-            held += [f"{kind} of {name}"] * bool(ours)
+            held += [f"{kind[1:].replace('_', ' ')} of {name}"] * bool(ours)
     return held
 
 
@@ -348,7 +345,7 @@ def lead(setting: Draw, folder: Path, words: Any, trouble: Trouble | None, keep:
         return child
     os.setsid()
     os.environ["MASTER_PORT"] = str(port)
-    ranks = {}
+    ranks, pids = {}, []
     for rank in range(setting.ranks):
         pid = os.fork()
         if pid == 0:
@@ -358,8 +355,9 @@ def lead(setting: Draw, folder: Path, words: Any, trouble: Trouble | None, keep:
             finally:
                 os._exit(status)
         ranks[pid] = rank
-        words[PIDS + rank] = pid
+        pids.append(pid)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it waits for its ranks, as launchers do
+    words[PIDS : PIDS + setting.ranks] = pids  # now they may be troubled
     while ranks:
         pid, status = os.wait()
         if pid in ranks:
@@ -397,8 +395,8 @@ class Soak:
         self.recipes: Counter[str] = Counter()
         self.troubles: list[dict[str, Any]] = []
         self.violations: list[dict[str, str]] = []
+        self._kept: list[str] = []  # what recipes leave by choice: it is there when nothing has happened
         self._watched: dict[int, tuple[float, Draw]] = {}  # sessions of dead lives, until when they may have processes
-        ctypes.CDLL(None).prctl(36, 1)  # processes whose parent died become ours (PR_SET_CHILD_SUBREAPER)
 
     # -- one life ------------------------------------------------------------------------------------------------------
 
@@ -415,7 +413,7 @@ class Soak:
             time.sleep(0.002)
             over = os.waitpid(leader, os.WNOHANG)[0] == leader
             now = time.monotonic()
-            if not acted and words[BATCHES] >= trouble.after:
+            if not acted and words[PIDS + setting.ranks - 1] and words[BATCHES] >= trouble.after:
                 moment = moment or now + trouble.delay
                 if now >= moment:
                     acted, start = True, now
@@ -469,6 +467,7 @@ class Soak:
             self.refused += 1
             self.say(f"{setting}: refused, {(folder / 'refused0.txt').read_text()[:160]}")
             return
+        self._kept = [one for each in folder.glob("held*.json") for one in json.loads(each.read_text())]
         ends = self._ends(setting, folder, whole)
         if ends is None:
             self._violation(setting, "the run that nothing happens to does not end", folder, None)
@@ -561,8 +560,10 @@ class Soak:
         }
 
     def _held(self, setting: Draw, folder: Path, trouble: Trouble | None) -> None:
-        for text in folder.glob("held*.txt"):
-            self._violation(setting, f"recipes have not let go of {text.read_text()}", folder, trouble)
+        for each in folder.glob("held*.json"):
+            held = [one for one in json.loads(each.read_text()) if " hooks of " not in one or one not in self._kept]
+            if held:
+                self._violation(setting, f"recipes have not let go of {held}", folder, trouble)
 
     def _look_for_processes(self, wait: bool = False) -> None:
         """Processes that outlive their life by too long; reaps what became ours."""
@@ -664,6 +665,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    ctypes.CDLL(None).prctl(36, 1)  # processes whose parent died become ours (PR_SET_CHILD_SUBREAPER)
     soak = Soak(arguments.seed, arguments.out, lambda line: print(line, flush=True))
     os.chdir(soak.out)  # where a Trainer without a logger puts what a recipe saves
     end = time.monotonic() + arguments.minutes * 60
