@@ -14,7 +14,7 @@ WORKERS ?= auto
 RUN := .venv/bin/python -m
 STAMP := .venv/.installed
 
-.PHONY: help install quickstart test bench lint clean distclean
+.PHONY: help install quickstart test bench soak lint clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,11 +30,14 @@ test: $(STAMP)-test ## run the whole test suite; options for pytest in ARGS="-k 
 bench: $(STAMP)-bench ## measure speed and memory with and without recipes
 	$(RUN) benchmarks $(ARGS)
 
+soak: $(STAMP)-test ## kill and resume runs with random recipes for an hour, and count what is lost
+	$(RUN) tests.soak $(ARGS)
+
 lint: $(STAMP)-test ## check the code's style
 	$(RUN) ruff check $(ARGS) .
 
 clean: ## remove build output, caches and run folders
-	rm -rf build dist lightning_logs .pytest_cache .ruff_cache
+	rm -rf build dist soak lightning_logs .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
