@@ -308,10 +308,15 @@ class Disk:
                 with_hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (room, with_hard))
             return
-        free = os.statvfs(self.folder)
-        size = max(0, free.f_bavail * free.f_frsize - room)
-        with open(self._filling, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size) if size else None
+        for _ in range(9):
+            free = os.statvfs(self.folder)
+            size = max(1, free.f_bavail * free.f_frsize - room)
+            try:
+                with open(self._filling, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError:  # the run has just written something itself: once more with what is free now
+                continue
 
     def make_room(self) -> None:
         self._filling.unlink(missing_ok=True)
