@@ -14,7 +14,7 @@ WORKERS ?= auto
 RUN := .venv/bin/python -m
 STAMP := .venv/.installed
 
-.PHONY: help install quickstart test bench docs lint clean distclean
+.PHONY: help install quickstart test bench docs soak lint clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -33,11 +33,14 @@ bench: $(STAMP)-bench ## measure what recipes cost, hours for all of it; ARGS="b
 docs: $(STAMP)-docs ## build the documentation into site/, warnings are errors; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
 
+soak: $(STAMP)-test ## kill and resume runs with random recipes for an hour, and count what is lost
+	$(RUN) tests.soak $(ARGS)
+
 lint: $(STAMP)-test ## check the code's style
 	$(RUN) ruff check $(ARGS) .
 
 clean: ## remove build output, caches and run folders
-	rm -rf build dist site lightning_logs .pytest_cache .ruff_cache
+	rm -rf build dist site soak lightning_logs .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 distclean: clean ## remove .venv too

@@ -655,3 +655,23 @@ def test_a_loss_of_something_else_than_the_ensembles_output_is_refused():
         RecipeError, match=r"LEVI: the loss is not computed from what net returned, \[4, 3\]: it sees other"
     ):
         fit(Tempered(), LEVI(small_width=4))
+
+
+def test_a_batch_of_nan_is_the_users_to_notice_and_no_other_networks_output():
+    """NaN equals nothing, itself neither; the check waits for a batch that tells something."""
+
+    class Tempered(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]) / (1 + (batch_idx > 0)), batch[1])
+
+    bad = Watch(
+        on_train_batch_start=lambda trainer, module, batch, index: batch[0].fill_(float("nan")) if index == 0 else None
+    )
+    frozen = Watch(
+        on_after_backward=lambda trainer, module: [p.grad.zero_() for p in module.parameters() if p.requires_grad]
+    )
+    losses = Losses()
+    with pytest.raises(RecipeError, match="the loss is not computed from what net returned"):
+        fit(Tempered(), bad, LEVI(small_width=4), losses.callback, frozen)
+    assert len(losses.values) == 1
+    assert losses.values[0] != losses.values[0]

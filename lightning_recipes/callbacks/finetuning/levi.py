@@ -407,7 +407,7 @@ class LEVI(StepRecipe):
         """Keep the heads' outputs of this pass (a replay later in the step runs the network again); changes nothing."""
         if self not in step.notes:
             heads = {name: self._taps[name] for name in self._taps.points}
-            if not self._checked:
+            if not self._checked and step.outputs.isfinite().all():  # NaN of a bad batch equals nothing
                 self._check_loss(step, list(heads.values()))
                 self._checked = True
             seen = step.outputs  # the prediction, in the shape and type in which the loss gets it

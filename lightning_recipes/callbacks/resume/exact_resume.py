@@ -4,7 +4,9 @@ No paper's: what Lightning's own checkpoints leave out. Kept for every rank: the
 and the devices; the place in the training data, with workers, shuffling and a ``DistributedSampler``; gradients of an
 accumulation window under way; running averages of what was logged and the states of torchmetrics metrics; buffers that
 are no part of the state dict, or differ between ranks. And the place in Lightning's loops: an epoch that was cut off
-after its last step is finished, with its validation, its epoch-end hooks and its plateau schedulers.
+after its last step is finished, with its validation, its epoch-end hooks and its plateau schedulers. And the files
+themselves: one that a kill or a full disk interrupts is not there, and the one before it still is; on several ranks a
+SIGTERM stops all of them after the same batch.
 
 It costs nothing in a training step but what torchdata's loader costs where there are workers, and some 50 kB a rank
 in a checkpoint, random states most of it. A checkpoint in the middle of an accumulation window also holds every rank's
@@ -27,6 +29,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_recipes.core import random
+from lightning_recipes.core.checkpoint_files import WholeFiles
 from lightning_recipes.core.distributed import active, rank_and_world
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.loader import TrainingData
@@ -34,6 +37,7 @@ from lightning_recipes.core.logged import logged, metric_states, relog, restore_
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.reentry import DUE, VALIDATION, Places, Reentry
+from lightning_recipes.core.sigterm import StopTogether
 
 # What a ModelCheckpoint knows of its last save and does not put into its state.
 _OF_SAVES = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation", "current_score")
@@ -107,6 +111,9 @@ class ExactResume(Recipe):
         self._data = TrainingData(trainer, "ExactResume", self._mine.get("data"))
         plan.install(self._data)
         plan.install(self._places)
+        plan.install(WholeFiles(trainer))
+        if world > 1:
+            plan.install(StopTogether(trainer))
         if state:
             plan.install(_Seed(self._shared["seed"]))
             plan.keeps_place()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import pkgutil
+import random
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
@@ -88,6 +89,17 @@ def stacks() -> list[Row]:
         pairs_left -= {frozenset(pair) for pair in itertools.combinations(stack, 2)}
         found.append(_together(stack))
     return found
+
+
+def drawn(draw: random.Random, largest: int) -> Row:
+    """A stack of up to so many recipes that compose two by two."""
+    names, size = list(MEMBERS), draw.randint(1, largest)
+    draw.shuffle(names)
+    stack: list[str] = []
+    for name in names:
+        if len(stack) < size and all(_class(name) != _class(o) and _refusal(name, o) is None for o in stack):
+            stack.append(name)
+    return _together(stack)
 
 
 def refusal(pair: Row) -> str | None:
