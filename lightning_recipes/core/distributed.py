@@ -8,8 +8,9 @@ from typing import TypeVar
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_recipes.core.errors import RecipeError
@@ -17,17 +18,71 @@ from lightning_recipes.core.errors import RecipeError
 T = TypeVar("T")
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
+def shards(trainer: pl.Trainer) -> bool:
+    """Whether each process holds only a part of every weight."""
+    return type(trainer.strategy) is ModelParallelStrategy
+
+
+def check_strategy(trainer: pl.Trainer, *, sharded: bool = False) -> None:
     """Refuse every strategy that no test covers.
+
+    Args:
+        sharded: whether what asks works where each process holds only a part of every weight.
 
     Raises:
         RecipeError: names the strategy and those that work.
     """
-    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+    name = type(trainer.strategy).__name__
+    if type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy):
+        return
+    whole = "Use strategy='auto' on one device or strategy='ddp'"
+    if not shards(trainer):
+        instead = ", or ModelParallelStrategy with fully_shard in the module's configure_model" if sharded else ""
         raise RecipeError(
-            f"recipes run on one device or under DDP; Trainer(strategy=...) is {type(trainer.strategy).__name__}."
-            " Use strategy='auto' on one device or strategy='ddp'."
+            f"recipes run on one device or under DDP; Trainer(strategy=...) is {name}. {whole}{instead}."
         )
+    if not sharded:
+        raise RecipeError(
+            "it needs whole weights or gradients, on one device or under DDP, and under Trainer(strategy=...)"
+            f" {name} each process holds a part of them. {whole}."
+        )
+    parts = trainer.strategy.device_mesh["tensor_parallel"].size()
+    if parts > 1:
+        raise RecipeError(
+            f"ModelParallelStrategy splits layers over {parts} processes that train on the same batch"
+            " (tensor_parallel_size), and recipes deal samples and random numbers to every process. Use"
+            f" data_parallel_size={parts * trainer.strategy.device_mesh['data_parallel'].size()} and"
+            " tensor_parallel_size=1, with fully_shard in the module's configure_model, or strategy='ddp'."
+        )
+
+
+def check_whole(module: nn.Module, what: str) -> None:
+    """Refuse a module whose weights are sharded.
+
+    Args:
+        what: that needs them whole.
+
+    Raises:
+        RecipeError: names the first weight that is not.
+    """
+    sharded = next((name for name, p in module.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise RecipeError(
+            f"{what} needs whole weights, and each process holds only a part of {sharded}. Use strategy='auto' on one"
+            " device or strategy='ddp'."
+        )
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; all of it where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def from_own_part(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor that has this part here and is spread over the processes as `like` is."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def active() -> bool:

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_recipes.core import random
-from lightning_recipes.core.distributed import active, rank_and_world
+from lightning_recipes.core.distributed import active, from_own_part, own_part, rank_and_world
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.loader import TrainingData
 from lightning_recipes.core.logged import logged, metric_states, relog, restore_metrics
@@ -78,6 +78,7 @@ class ExactResume(Recipe):
     use_when = (
         "runs that may be killed (preemption, time limits, crashes), and whenever a resumed run must be the same run"
     )
+    works_sharded = True
     costs = "nothing in a step; some 50 kB a rank in a checkpoint, and gradients where one falls into a window"
 
     def __init__(self) -> None:
@@ -196,7 +197,7 @@ class ExactResume(Recipe):
         module, fit = self._plan.module, self._plan.trainer.fit_loop
         if module.automatic_optimization and not fit._should_accumulate():
             return {}
-        return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        return {name: own_part(p.grad) for name, p in module.named_parameters() if p.grad is not None}
 
     def _restore(self) -> None:
         """Put everything back; the last thing before training goes on, so that nothing draws a number in between."""
@@ -209,7 +210,7 @@ class ExactResume(Recipe):
                 buffers[name].copy_(value)
             for name, parameter in module.named_parameters():
                 if name in mine["gradients"]:
-                    parameter.grad = mine["gradients"][name].to(parameter.device)
+                    parameter.grad = from_own_part(mine["gradients"][name].to(parameter.device), parameter)
         self._plan.gradients.load_state(mine["window"])
         for name, part in module.named_modules():
             part.training = shared["modes"].get(name, part.training)
