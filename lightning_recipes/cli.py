@@ -166,6 +166,7 @@ def card(recipe: type) -> str:
         facts += [("Paper", f"{paper.title}. {paper.authors}, {paper.year}."), ("", paper.url)]
         facts += [("Code", paper.code)] if paper.code else []
     lines = [f"{name} ({purpose(recipe)})" if purpose(recipe) else name, "", *_paragraph(recipe.does), ""]
+    facts += [("Runs on", strategies(recipe))] if strategies(recipe) else []
     lines += [line for label, text in facts for line in _paragraph(text, f"  {label:<10}")]
     lines += ["", "Arguments", *([line for argument in arguments(recipe) for line in argument] or ["  none"])]
     package = ".".join(recipe.__module__.split(".")[:2])
@@ -175,6 +176,15 @@ def card(recipe: type) -> str:
         lines += ["", f"Config: --config {shown}", textwrap.indent(path.read_text(encoding="utf-8").rstrip(), "  ")]
     lines += ["", "Evidence", *evidence(name)]
     return "\n".join(lines)
+
+
+def strategies(recipe: type) -> str:
+    """Where a callback works, in the words of ``Trainer(strategy=...)``; '' for a module or data module."""
+    sharded = getattr(recipe, "works_sharded", None)
+    if sharded is None:
+        return ""
+    whole = "one device, several and several machines (strategy=ddp)"
+    return f"{whole}, sharded weights (ModelParallelStrategy with fully_shard)" if sharded else whole
 
 
 def _paragraph(text: str, first: str = "  ", rest: str | None = None) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -38,9 +38,7 @@ def check_strategy(trainer: pl.Trainer, *, sharded: bool = False) -> None:
     whole = "Use strategy='auto' on one device or strategy='ddp'"
     if not shards(trainer):
         instead = ", or ModelParallelStrategy with fully_shard in the module's configure_model" if sharded else ""
-        raise RecipeError(
-            f"recipes run on one device or under DDP; Trainer(strategy=...) is {name}. {whole}{instead}."
-        )
+        raise RecipeError(f"recipes run on one device or under DDP; Trainer(strategy=...) is {name}. {whole}{instead}.")
     if not sharded:
         raise RecipeError(
             "it needs whole weights or gradients, on one device or under DDP, and under Trainer(strategy=...)"
@@ -93,6 +91,33 @@ def active() -> bool:
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if active() else (0, 1)
+
+
+def check_same_checkpoint(checkpoint: Mapping[str, Any], failed: Exception | None = None) -> None:
+    """Refuse a run whose processes do not begin at the same place; all of them call this together.
+
+    ``ckpt_path="last"`` is looked up by every process for itself, and one on a machine that does not see the folder
+    would begin from the start while the others go on.
+
+    Args:
+        checkpoint: that this process has read; empty for none.
+        failed: why it could not.
+
+    Raises:
+        RecipeError: on every rank; says which one found what.
+    """
+    if not active():
+        return
+    found: list[str] = [""] * dist.get_world_size()
+    mine = f"one of epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}" if checkpoint else "none"
+    dist.all_gather_object(found, mine if failed is None else f"one that it cannot read ({type(failed).__name__})")
+    other = next((rank for rank, what in enumerate(found) if what != found[0]), None)
+    if other is not None:
+        raise RecipeError(
+            f"the processes do not resume from the same checkpoint: rank 0 found {found[0]} and rank {other}"
+            f" {found[other]}. Its folder (ckpt_path, ModelCheckpoint's dirpath) must be on a disk that all machines"
+            " see, under the same path; or copy the checkpoint to all of them"
+        ) from failed
 
 
 def all_sum(value: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_recipes.core.distributed import check_strategy, shards
+from lightning_recipes.core.distributed import check_same_checkpoint, check_strategy, shards
 from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.gradients import GradientSocket, Window, check_optimizers
 from lightning_recipes.core.loader import end_of_recording
@@ -286,6 +286,22 @@ class Session:
         self.recipes.append(recipe)
 
     def _read_then_prepare(self, patch: Patch, *args: Any, **kwargs: Any) -> None:
+        failed: Exception | None = None
+        try:
+            self._read(patch, *args, **kwargs)
+        except Exception as error:
+            failed = error
+        # before anything else: processes that are not at the same place would wait for each other for ever
+        check_same_checkpoint(self.trainer._checkpoint_connector._loaded_checkpoint, failed)
+        if failed is not None:
+            raise failed
+        patch.restore()
+        self.prepare(self.trainer._checkpoint_connector._loaded_checkpoint)
+        if self.fitting and self.trainer.strategy.restore_checkpoint_after_setup:
+            self.trainer.fit_loop._combined_loader = None  # of a module that has asked for its data already
+            self._begin_fit()  # the hook came before the checkpoint
+
+    def _read(self, patch: Patch, *args: Any, **kwargs: Any) -> None:
         try:
             patch.original(*args, **kwargs)
         except FileNotFoundError:
@@ -295,11 +311,6 @@ class Session:
                 f"the checkpoint {args[0]} cannot be read ({type(error).__name__}: {error}); it may be cut off: resume"
                 " from an earlier one"
             ) from error
-        patch.restore()
-        self.prepare(self.trainer._checkpoint_connector._loaded_checkpoint)
-        if self.fitting and self.trainer.strategy.restore_checkpoint_after_setup:
-            self.trainer.fit_loop._combined_loader = None  # of a module that has asked for its data already
-            self._begin_fit()  # the hook came before the checkpoint
 
     def prepare(self, checkpoint: Mapping[str, Any]) -> None:
         """Check all declarations together and apply them; on an error nothing is left applied.

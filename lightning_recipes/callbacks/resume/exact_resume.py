@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_recipes.core import random
-from lightning_recipes.core.distributed import active, from_own_part, own_part, rank_and_world
+from lightning_recipes.core.distributed import active, from_own_part, own_part, rank_and_world, shards
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.loader import TrainingData
 from lightning_recipes.core.logged import logged, metric_states, relog, restore_metrics
@@ -165,7 +165,7 @@ class ExactResume(Recipe):
         state = {
             **moving,
             "data": self._data.place(),
-            "buffers": _own_buffers(self._plan.module),
+            "buffers": self._buffers(),
             "gradients": self._gradients(),
             "window": self._plan.gradients.state(),
         }
@@ -191,6 +191,11 @@ class ExactResume(Recipe):
 
     def _devices(self) -> set[torch.device]:
         return {self._plan.trainer.strategy.root_device, *(p.device for p in self._plan.module.parameters())}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that the checkpoint's weights do not tell this rank. Of sharded ones it holds any rank's."""
+        module = self._plan.module
+        return dict(module.named_buffers()) if shards(self._plan.trainer) else _own_buffers(module)
 
     def _gradients(self) -> dict[str, Tensor]:
         """Those that the next step adds to; under manual optimization only the module knows whether it does."""
