@@ -183,8 +183,8 @@ def strategies(recipe: type) -> str:
     sharded = getattr(recipe, "works_sharded", None)
     if sharded is None:
         return ""
-    whole = "one device, several and several machines (strategy=ddp)"
-    return f"{whole}, sharded weights (ModelParallelStrategy with fully_shard)" if sharded else whole
+    whole = "one device, or DDP over several devices and machines (strategy=ddp)"
+    return f"{whole}; sharded weights (ModelParallelStrategy with fully_shard)" if sharded else whole
 
 
 def _paragraph(text: str, first: str = "  ", rest: str | None = None) -> list[str]:

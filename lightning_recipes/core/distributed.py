@@ -110,7 +110,9 @@ def check_same_checkpoint(checkpoint: Mapping[str, Any], failed: Exception | Non
         return
     found: list[str] = [""] * dist.get_world_size()
     mine = f"one of epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}" if checkpoint else "none"
-    dist.all_gather_object(found, mine if failed is None else f"one that it cannot read ({type(failed).__name__})")
+    if failed is not None and not isinstance(failed, FileNotFoundError):
+        mine = "one that it cannot read"
+    dist.all_gather_object(found, mine)
     other = next((rank for rank, what in enumerate(found) if what != found[0]), None)
     if other is not None:
         raise RecipeError(
