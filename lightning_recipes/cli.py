@@ -182,7 +182,7 @@ def facts(recipe: type) -> list[tuple[str, str]]:
     if paper:
         found += [("Paper", f"{paper.title}. {paper.authors}, {paper.year}."), ("", paper.url)]
         found += [("Code", paper.code)] if paper.code else []
-    return found
+    return [*found, ("Runs on", strategies(recipe))] if strategies(recipe) else found
 
 
 def import_line(recipe: type) -> str:
@@ -204,6 +204,15 @@ def beside(recipe: type) -> list[tuple[str, str, str]]:
             found.setdefault(other, ("before", says[name]))
     ordered = sorted(found.items(), key=lambda item: (("not with", "after", "before").index(item[1][0]), item[0]))
     return [(how, other, why) for other, (how, why) in ordered if other in known]
+
+
+def strategies(recipe: type) -> str:
+    """Where a callback works, in the words of ``Trainer(strategy=...)``; '' for a module or data module."""
+    sharded = getattr(recipe, "works_sharded", None)
+    if sharded is None:
+        return ""
+    whole = "one device, or DDP over several devices and machines (strategy=ddp)"
+    return f"{whole}; sharded weights (ModelParallelStrategy with fully_shard)" if sharded else whole
 
 
 def _paragraph(text: str, first: str = "  ", rest: str | None = None) -> list[str]:

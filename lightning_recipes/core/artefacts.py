@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ class Artefact:
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        # of this machine's process: several machines may write on one disk
+        part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
         try:
             with open(part, "wb") as file:
                 torch.save({"key": self.key, "content": dict(content)}, file)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lightning_recipes.core.averaging import of_rank_zero_
+from lightning_recipes.core.distributed import check_whole
 from lightning_recipes.core.errors import RecipeError
 
 
@@ -23,9 +24,13 @@ class FrozenCopy:
 
     Args:
         module: whose weights are copied, and who wears them.
+
+    Raises:
+        RecipeError: when each process holds only a part of them.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        check_whole(module, "a copy of the weights")
         self._module = module
         self._tensors: dict[str, Tensor] = {}
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_recipes.core.errors import RecipeError
@@ -17,17 +18,69 @@ from lightning_recipes.core.errors import RecipeError
 T = TypeVar("T")
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
+def shards(trainer: pl.Trainer) -> bool:
+    """Whether each process holds only a part of every weight."""
+    return type(trainer.strategy) is ModelParallelStrategy
+
+
+def check_strategy(trainer: pl.Trainer, *, sharded: bool = False) -> None:
     """Refuse every strategy that no test covers.
+
+    Args:
+        sharded: whether what asks works where each process holds only a part of every weight.
 
     Raises:
         RecipeError: names the strategy and those that work.
     """
-    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+    name = type(trainer.strategy).__name__
+    if type(trainer.strategy) in (SingleDeviceStrategy, DDPStrategy):
+        return
+    whole = "Use strategy='auto' on one device or strategy='ddp'"
+    if not shards(trainer):
+        instead = ", or ModelParallelStrategy with fully_shard in the module's configure_model" if sharded else ""
+        raise RecipeError(f"recipes run on one device or under DDP; Trainer(strategy=...) is {name}. {whole}{instead}.")
+    if not sharded:
         raise RecipeError(
-            f"recipes run on one device or under DDP; Trainer(strategy=...) is {type(trainer.strategy).__name__}."
-            " Use strategy='auto' on one device or strategy='ddp'."
+            "it needs whole weights or gradients, on one device or under DDP, and under Trainer(strategy=...)"
+            f" {name} each process holds a part of them. {whole}."
         )
+    parts = trainer.strategy.device_mesh["tensor_parallel"].size()
+    if parts > 1:
+        raise RecipeError(
+            f"ModelParallelStrategy splits layers over {parts} processes that train on the same batch"
+            " (tensor_parallel_size), and recipes deal samples and random numbers to every process. Use"
+            f" data_parallel_size={parts * trainer.strategy.device_mesh['data_parallel'].size()} and"
+            " tensor_parallel_size=1, with fully_shard in the module's configure_model, or strategy='ddp'."
+        )
+
+
+def check_whole(module: nn.Module, what: str) -> None:
+    """Refuse a module whose weights are sharded.
+
+    Args:
+        what: that needs them whole.
+
+    Raises:
+        RecipeError: names the first weight that is not.
+    """
+    sharded = next((name for name, p in module.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise RecipeError(
+            f"{what} needs whole weights, and each process holds only a part of {sharded}. Use strategy='auto' on one"
+            " device or strategy='ddp'."
+        )
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; all of it where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def from_own_part(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor that has this part here and is spread over the processes as `like` is."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def active() -> bool:
@@ -38,6 +91,35 @@ def active() -> bool:
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if active() else (0, 1)
+
+
+def check_same_checkpoint(checkpoint: Mapping[str, Any], failed: Exception | None = None) -> None:
+    """Refuse a run whose processes do not begin at the same place; all of them call this together.
+
+    ``ckpt_path="last"`` is looked up by every process for itself, and one on a machine that does not see the folder
+    would begin from the start while the others go on.
+
+    Args:
+        checkpoint: that this process has read; empty for none.
+        failed: why it could not.
+
+    Raises:
+        RecipeError: on every rank; says which one found what.
+    """
+    if not active():
+        return
+    found: list[str] = [""] * dist.get_world_size()
+    mine = f"one of epoch {checkpoint.get('epoch')}, step {checkpoint.get('global_step')}" if checkpoint else "none"
+    if failed is not None and not isinstance(failed, FileNotFoundError):
+        mine = "one that it cannot read"
+    dist.all_gather_object(found, mine)
+    other = next((rank for rank, what in enumerate(found) if what != found[0]), None)
+    if other is not None:
+        raise RecipeError(
+            f"the processes do not resume from the same checkpoint: rank 0 found {found[0]} and rank {other}"
+            f" {found[other]}. Its folder (ckpt_path, ModelCheckpoint's dirpath) must be on a disk that all machines"
+            " see, under the same path; or copy the checkpoint to all of them"
+        ) from failed
 
 
 def all_sum(value: Tensor) -> Tensor:

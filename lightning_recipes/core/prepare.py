@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_recipes.core.distributed import check_strategy
+from lightning_recipes.core.distributed import check_same_checkpoint, check_strategy, shards
 from lightning_recipes.core.errors import RecipeError, speaking_for
 from lightning_recipes.core.gradients import GradientSocket, Window, check_optimizers
 from lightning_recipes.core.loader import end_of_recording
@@ -61,6 +61,14 @@ class Plan:
         self.trainer, self.module = session.trainer, session.module
         self.fitting = session.fitting
 
+    def _whole(self, what: str) -> None:
+        """Refuse a socket of weights or gradients where no process holds them whole."""
+        if shards(self.trainer):
+            raise RecipeError(
+                f"it {what}, and under {type(self.trainer.strategy).__name__} each process holds only a part of every"
+                " weight. Use strategy='auto' on one device or strategy='ddp'."
+            )
+
     def step(self, recipe: StepRecipe) -> None:
         """Run the recipe's stages in the training step."""
         self._session.step_recipes.append(recipe)
@@ -73,11 +81,13 @@ class Plan:
     ) -> None:
         """Edit the true final gradient in place, once an optimizer step; with `once` an optimizer that asks for
         several gradients a step is refused."""
+        self._whole("edits gradients")
         self._session.gradients.add(self._recipe, edit, when, once)
         self._session.edits.append(self._recipe)
 
     def after_step(self, edit: Callable[[Optimizer], None]) -> None:
         """Edit the weights in place right after every true optimizer step; one that fp16 skips is none."""
+        self._whole("edits weights after a step")
         self._session.gradients.after_step(self._recipe, edit)
         self._session.edits.append(self._recipe)
 
@@ -86,6 +96,7 @@ class Plan:
     ) -> None:
         """Edit the gradient with a second pass over the accumulation window at hand (`run`: of batch to loss, instead
         of the module's own step)."""
+        self._whole("runs a second pass at other weights")
         self._session.gradients.replay_window(self._recipe, edit, run)
         self._session.edits.append(self._recipe)
 
@@ -94,6 +105,7 @@ class Plan:
 
         In validate, test and predict it is carried out as the checkpoint describes it, where it does.
         """
+        self._whole("changes the network")
         self._session.surgeries[self._recipe] = spec
 
     def write_weights(self, values: Callable[[], Mapping[str, Tensor]], after_surgery: bool = False) -> Writing:
@@ -103,20 +115,24 @@ class Plan:
             values: asked for when they are written; new values by the parameter's name.
             after_surgery: write over what surgery has made, not under it.
         """
+        self._whole("writes weights")
         writing = Writing(self.module, values, after_surgery)
         self._session.writings[self._recipe] = writing
         return writing
 
     def after_surgery(self, look: Callable[[], None]) -> None:
         """Have the recipe look at the network once all surgery is done and all names are final; it may refuse then."""
+        self._whole("looks at the network's weights")
         self._session.looks[self._recipe] = look
 
     def parameters(self, claim: Callable[[], Claim]) -> None:
         """Claim parameters; the claim is asked for after surgery, when all names are final."""
+        self._whole("decides what trains")
         self._session.claims[self._recipe] = claim
 
     def change_parameters(self, claim: Claim) -> None:
         """Claim anew during the fit: at an optimizer-step boundary and at the same one on all ranks."""
+        self._whole("decides what trains")
         self._session.claim(self._recipe, claim)
 
     def phases(self, plan: PhasePlan) -> None:
@@ -125,6 +141,7 @@ class Plan:
         Raises:
             RecipeError: when another recipe does, or the module takes its optimizer steps itself.
         """
+        self._whole("cuts the fit into phases with fresh optimizers")
         self._session.cut(self._recipe, plan)
 
     def install(self, part: Part) -> None:
@@ -263,9 +280,28 @@ class Session:
 
     def join(self, recipe: Recipe) -> None:
         """A recipe's ``setup``."""
+        if shards(self.trainer) and not recipe.neutral:  # now: the network is sharded before the session prepares
+            with speaking_for(recipe):
+                check_strategy(self.trainer, sharded=recipe.works_sharded)
         self.recipes.append(recipe)
 
     def _read_then_prepare(self, patch: Patch, *args: Any, **kwargs: Any) -> None:
+        failed: Exception | None = None
+        try:
+            self._read(patch, *args, **kwargs)
+        except Exception as error:
+            failed = error
+        # before anything else: processes that are not at the same place would wait for each other for ever
+        check_same_checkpoint(self.trainer._checkpoint_connector._loaded_checkpoint, failed)
+        if failed is not None:
+            raise failed
+        patch.restore()
+        self.prepare(self.trainer._checkpoint_connector._loaded_checkpoint)
+        if self.fitting and self.trainer.strategy.restore_checkpoint_after_setup:
+            self.trainer.fit_loop._combined_loader = None  # of a module that has asked for its data already
+            self._begin_fit()  # the hook came before the checkpoint
+
+    def _read(self, patch: Patch, *args: Any, **kwargs: Any) -> None:
         try:
             patch.original(*args, **kwargs)
         except FileNotFoundError:
@@ -275,8 +311,6 @@ class Session:
                 f"the checkpoint {args[0]} cannot be read ({type(error).__name__}: {error}); it may be cut off: resume"
                 " from an earlier one"
             ) from error
-        patch.restore()
-        self.prepare(self.trainer._checkpoint_connector._loaded_checkpoint)
 
     def prepare(self, checkpoint: Mapping[str, Any]) -> None:
         """Check all declarations together and apply them; on an error nothing is left applied.
@@ -290,8 +324,10 @@ class Session:
         self._steps_before = checkpoint.get("global_step", self._steps_before)
         self._ask_data()
         if self.fitting and active:
+            for recipe in active:
+                with speaking_for(recipe):
+                    check_strategy(self.trainer, sharded=recipe.works_sharded)
             with speaking_for(*active):
-                check_strategy(self.trainer)
                 self._check_step_signature()
                 self._check_structure(checkpoint, active)
             _check_pairs(active, self.trainer)
@@ -424,8 +460,10 @@ class Session:
 
     def on_fit_start(self, recipe: Recipe) -> None:
         """Optimizers exist, their state is not restored yet; runs once, with the first recipe's hook."""
-        if self._fit_started:
-            return
+        if not (self._fit_started or self.trainer.strategy.restore_checkpoint_after_setup):
+            self._begin_fit()
+
+    def _begin_fit(self) -> None:
         self._attach_optimizers()
         self.gradients.check_parameters()
         self._fit_started = True  # only now: an error above leaves nothing in the module

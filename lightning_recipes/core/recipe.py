@@ -55,6 +55,10 @@ class Recipe(pl.Callback):
     """Class names of recipes that must stand before this one in ``Trainer(callbacks=[...])``, with the reason."""
     may_repeat: ClassVar[bool] = False
     """Whether a Trainer may hold several of this class."""
+    works_sharded: ClassVar[bool] = False
+    """Whether it works where each process holds only a part of every weight (FSDP2): it knows batches, logits, targets
+    and losses, and no weight and no gradient, and makes as many passes on every rank, for each gathers the weights. The
+    sockets of weights and gradients refuse there whatever this says."""
     owns_training_set: ClassVar[bool] = False
     """Whether the recipe decides which parameters train."""
     free_on_resume: ClassVar[frozenset[str]] = frozenset()

@@ -16,6 +16,7 @@ from lightning_recipes.modules.deep_mlp import DeepMLP
 from lightning_recipes.modules.lightweight_cnn import LightweightCNN
 from lightning_recipes.modules.mlp import MLP
 from lightning_recipes.modules.preact_resnet import PreActResNet18
+from lightning_recipes.modules.sharded import shard
 from lightning_recipes.modules.small_cnn import SmallCNN
 
 # Nets that timm does not have, by the name that ``model`` takes.
@@ -105,6 +106,9 @@ class ImageClassifier(OfImages):
         # Not in the state dict: they are arguments, and the keys stay those of the net.
         self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", None if std is None else torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def configure_model(self) -> None:
+        shard(self, self.net)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N,C,H,W) to logits (N,num_classes)."""

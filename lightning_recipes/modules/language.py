@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
 from lightning_recipes.modules.classifier import NOT_SAVED, Classifier, OptimizedModule
+from lightning_recipes.modules.sharded import shard
 
 Batch = dict[str, Tensor]
 
@@ -78,6 +79,9 @@ class TextClassifier(Classifier):
         )
         self.model.train()
 
+    def configure_model(self) -> None:
+        shard(self, self.model)
+
     def forward(self, **batch: Tensor) -> Any:
         """The model's own output, with ``loss`` where ``labels`` are given and ``logits`` (N,num_classes)."""
         return self.model(**batch)
@@ -125,6 +129,9 @@ class CausalLM(OptimizedModule):
         self.model = build_language_model("AutoModelForCausalLM", model_name_or_path, config)
         self.model.train()
         self.perplexity = nn.ModuleDict({stage: Perplexity(ignore_index=-100) for stage in ("val", "test")})
+
+    def configure_model(self) -> None:
+        shard(self, self.model)
 
     def forward(self, **batch: Tensor) -> Any:
         """The model's own output, with ``loss`` where ``labels`` are given and ``logits`` (N,L,V)."""

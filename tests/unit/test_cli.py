@@ -206,6 +206,16 @@ def test_show_prints_the_card(fake, monkeypatch, tmp_path, capsys):
     assert "  - It shrinks.\n    Shrinkage: 0.9; without: 0.5; seeds: 5; data: digits\n" in out
 
 
+def test_show_says_where_a_recipe_runs(capsys):
+    for name, sharded in (("CutMix", True), ("GLAD", False)):
+        cli.main(["show", name])
+        runs = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  Runs on"))
+        assert "(strategy=ddp)" in runs
+        assert ("sharded weights" in runs) == sharded
+    cli.main(["show", "PFNModule"])
+    assert "Runs on" not in capsys.readouterr().out
+
+
 def test_show_without_evidence_says_so(fake, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
     monkeypatch.setattr(cli, "config_files", lambda recipe: [])

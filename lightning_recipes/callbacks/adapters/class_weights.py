@@ -82,6 +82,7 @@ class ClassWeights(StepRecipe):
     )
     does = "Weighs classes in the module's own loss, by their frequency or by given weights."
     use_when = "Training classes are unequally frequent, or some are confused more often than others."
+    works_sharded = True
     costs = "A sum of a batch's weights a step; all training labels are read once."
     couples_samples: ClassVar[bool] = True
     refuses: ClassVar[Mapping[str, str]] = {"LogitAdjustment": "both correct for the class prior"}

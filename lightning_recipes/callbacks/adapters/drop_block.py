@@ -81,6 +81,7 @@ class DropBlock(StepRecipe):
     )
     does = "Leaves out squares of feature maps in training, more of them in deeper layers of a convolutional network."
     use_when = "A convolutional network trained from scratch overfits and dropout of single pixels does not help."
+    works_sharded = True
     costs = "A random number and a max-pooling a pixel of one channel of every map; nothing after training."
     log_prefix = "dropblock"
     couples_samples: ClassVar[bool] = True

@@ -88,6 +88,7 @@ class GroupMask(StepRecipe):
     use_when = "You train on few of many classes at a time: long streams of small tasks whose classes come again."
     costs = "A mask a step; over ranks, one message of as many numbers as classes."
     couples_samples = True
+    works_sharded = True
     refuses: ClassVar[Mapping[str, str]] = {
         "SLCA": "both mask the same logits",
         "BANG": "it smooths labels over all classes, and the mask leaves only those at hand",

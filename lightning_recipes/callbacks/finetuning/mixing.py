@@ -39,6 +39,7 @@ class _Mixes(StepRecipe):
 
     kind: ClassVar[Literal["mixup", "cutmix"]]
     couples_samples = True
+    works_sharded = True
     _mixing: Mixing
 
     def _keep(

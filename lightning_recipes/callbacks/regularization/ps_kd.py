@@ -137,6 +137,7 @@ class PSKD(StepRecipe):
     )
     log_prefix = "ps_kd"
     needs_criterion = True
+    works_sharded = True  # from its table; a snapshot is a copy of the weights
     refuses: ClassVar[Mapping[str, str]] = {
         "PSER": "two teachers rewrite one target",
         "NormalizedGD": "its step length assumes hard labels",

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lightning_recipes.core import random
 from lightning_recipes.core.checkpoint_files import WholeFiles
-from lightning_recipes.core.distributed import active, rank_and_world
+from lightning_recipes.core.distributed import active, from_own_part, own_part, rank_and_world, shards
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.loader import TrainingData
 from lightning_recipes.core.logged import logged, metric_states, relog, restore_metrics
@@ -82,6 +82,7 @@ class ExactResume(Recipe):
     use_when = (
         "runs that may be killed (preemption, time limits, crashes), and whenever a resumed run must be the same run"
     )
+    works_sharded = True
     costs = "nothing in a step; some 50 kB a rank in a checkpoint, and gradients where one falls into a window"
 
     def __init__(self) -> None:
@@ -171,7 +172,7 @@ class ExactResume(Recipe):
         state = {
             **moving,
             "data": self._data.place(),
-            "buffers": _own_buffers(self._plan.module),
+            "buffers": self._buffers(),
             "gradients": self._gradients(),
             "window": self._plan.gradients.state(),
         }
@@ -198,12 +199,17 @@ class ExactResume(Recipe):
     def _devices(self) -> set[torch.device]:
         return {self._plan.trainer.strategy.root_device, *(p.device for p in self._plan.module.parameters())}
 
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that the checkpoint's weights do not tell this rank. Of sharded ones it holds any rank's."""
+        module = self._plan.module
+        return dict(module.named_buffers()) if shards(self._plan.trainer) else _own_buffers(module)
+
     def _gradients(self) -> dict[str, Tensor]:
         """Those that the next step adds to; under manual optimization only the module knows whether it does."""
         module, fit = self._plan.module, self._plan.trainer.fit_loop
         if module.automatic_optimization and not fit._should_accumulate():
             return {}
-        return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        return {name: own_part(p.grad) for name, p in module.named_parameters() if p.grad is not None}
 
     def _restore(self) -> None:
         """Put everything back; the last thing before training goes on, so that nothing draws a number in between."""
@@ -216,7 +222,7 @@ class ExactResume(Recipe):
                 buffers[name].copy_(value)
             for name, parameter in module.named_parameters():
                 if name in mine["gradients"]:
-                    parameter.grad = mine["gradients"][name].to(parameter.device)
+                    parameter.grad = from_own_part(mine["gradients"][name].to(parameter.device), parameter)
         self._plan.gradients.load_state(mine["window"])
         for name, part in module.named_modules():
             part.training = shared["modes"].get(name, part.training)

@@ -141,6 +141,7 @@ class AAER(StepRecipe):
     use_when = "You want a robust classifier at the price of FGSM training, without catastrophic overfitting."
     costs = "One more forward and a backward to the input a step; memory for one batch of logits."
     couples_samples = True
+    works_sharded = True
     needs_criterion = True
     comes_after: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("Mixup", "CutMix", "BANG"), "the attack must start from the mixed batch that the module trains on"

@@ -84,6 +84,7 @@ class LogitAdjustment(StepRecipe):
         "Adds the log prior of the training classes to the logits of the loss, so that rare classes are not ranked low."
     )
     use_when = "Training classes are unequally frequent and all of them matter alike at test time."
+    works_sharded = True
     costs = "One addition a step; all training labels are read once."
     refuses: ClassVar[Mapping[str, str]] = {"ClassWeights": "both correct for the class prior"}
 

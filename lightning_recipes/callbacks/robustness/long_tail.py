@@ -54,6 +54,7 @@ class LongTailMonitor(Recipe):
     )
     does = "Measures accuracy on many-, medium- and few-shot classes on the validation and test data."
     use_when = "Training classes are unequally frequent, and one accuracy hides what becomes of the rare ones."
+    works_sharded = True
     costs = "No pass; all training labels are read once."
 
     def __init__(
