@@ -32,7 +32,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -184,7 +184,7 @@ class LangevinMixture(Recipe):
     costs = "One normal number a parameter and step; a copy of the weights a sample; as many forward passes to predict."
     log_prefix = "bayes"
     free_on_resume = frozenset({"evaluate"})
-    _REFUSES: ClassVar[Mapping[str, str]] = {
+    refuses: Mapping[str, str] = {
         "GradientNoise": "both add noise, and what is sampled at two temperatures follows neither law",
         "NormalizedGD": "its factor assumes the plain gradient",
         **dict.fromkeys(("WiSEFT", "BANG", "EMA"), "both decide with which weights the network is evaluated"),
@@ -192,6 +192,7 @@ class LangevinMixture(Recipe):
             ("BackdoorAdjustment", "AdaptiveSmoothing", "EnsembleEvaluation"),
             "both replace the outputs at evaluation",
         ),
+        "StrongWeightDecay": "weight decay is a prior too, and there is one",
     }
 
     def __init__(
@@ -230,6 +231,8 @@ class LangevinMixture(Recipe):
         self.burn_in_steps, self.sample_every, self.max_samples = burn_in_steps, sample_every, max_samples
         self.storage, self.seed, self.inject, self.evaluate = storage, seed, inject, tuple(evaluate)
         self.forward = forward
+        if prior_std is None:
+            self.refuses = {name: why for name, why in self.refuses.items() if name != "StrongWeightDecay"}
         self._begin()
         self._plan: Plan | None = None
         self._places: dict[Tensor, int] = {}
@@ -250,12 +253,6 @@ class LangevinMixture(Recipe):
     @property
     def neutral(self) -> bool:
         return self.temperature == 0
-
-    @property
-    def refuses(self) -> Mapping[str, str]:
-        """StrongWeightDecay only beside a prior, which it would double."""
-        decay = {} if self.prior_std is None else {"StrongWeightDecay": "weight decay is a prior too, and there is one"}
-        return {**self._REFUSES, **decay}
 
     @property
     def samples(self) -> int:
