@@ -1,8 +1,8 @@
 """Ridge regression on random features against the eigenframework, and its forecasts on digits against held-out ones.
 
-The card has the theory's test errors within two standard errors of 15 trials, and gives no margin for training errors:
-they are held to the same. (At a fixed 5 % one would fail: with 256 samples and as many features their mean is 7 % off,
-with a standard error of 4 %.)
+The theory's test errors are to lie within two standard errors of 15 trials, and its training errors within 5 % of their
+mean. The latter does not show in one case: with 256 samples and as many features the mean is 7 % off, with a standard
+error of 4 %.
 """
 
 from __future__ import annotations
@@ -136,13 +136,16 @@ def check(results: Results) -> list[Finding]:
         arm, risk = f"n {n}, k {k}", rf_risk(i**-1.5, i**-0.75, n, k, RIDGE, NOISE)
         for name, theory in (("test", float(risk.test)), ("train", float(risk.train))):
             seen = of(arm, name)
+            words, allowed = (
+                ("2 standard errors", 2 * stdev(seen) / len(seen) ** 0.5) if name == "test" else ("5 %", 0.05 * theory)
+            )
             findings.append(
                 Finding(
-                    f"{arm}: the mean {name} error is within 2 standard errors of the theory's",
+                    f"{arm}: the mean {name} error is within {words} of the theory's",
                     f"{name} error; without: theory",
                     seen,
                     [theory] * len(seen),
-                    2 * stdev(seen) / len(seen) ** 0.5 - abs(mean(seen) - theory),
+                    allowed - abs(mean(seen) - theory),
                 )
             )
     best, tiny = ([mean(of("widths", f"{name} {k}")) for k in WIDTHS] for name in ("best", "tiny"))
