@@ -384,7 +384,7 @@ def test_a_logit_of_two_classes_keeps_its_sign() -> None:
 def test_adapters_on_the_layer_are_merged_before_it_is_written_over() -> None:
     """SaRA trains some entries of every layer, the last one among them, and writes them back at the end."""
     module, (x, y) = Regressor(wide()), regression()
-    run = quiet(callbacks=[SaRA(threshold=None, fraction=0.3), RidgeRefit(ridges=[0.1])], max_epochs=2)
+    run = quiet(callbacks=[SaRA(threshold=None, fraction=0.3, rank_weight=0), RidgeRefit(ridges=[0.1])], max_epochs=2)
     run.fit(module, loader(x, y, size=16))
     h = module.net[:2](x).double().detach()
     off = h - h.mean(0)
