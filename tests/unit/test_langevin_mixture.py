@@ -27,6 +27,7 @@ from lightning_recipes.callbacks.regularization.langevin_mixture import (
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.noise import add_noise_
 from lightning_recipes.core.recipe import Recipe
+from lightning_recipes.core.step import observe
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
 X, Y = samples(32)
@@ -375,6 +376,18 @@ def test_an_input_gradient_of_the_mixture_is_there():
 
     fit(module, recipe, Watch(on_validation_batch_end=attack), validation=loader(X, Y))
     assert all(g.abs().sum() > 0 for g in found)
+
+
+def test_a_monitor_that_looks_at_the_loss_in_a_validation_sees_that_of_the_mixture():
+    module, recipe, found = Known(), short(), []
+
+    def look(trainer, module, outputs, batch, *rest):
+        with torch.inference_mode(False), torch.enable_grad():
+            seen = observe(trainer, module, [each.clone() for each in batch], 0)
+        found.append(seen.loss.detach() - F.cross_entropy(module.seen, batch[1]))
+
+    fit(module, recipe, Watch(on_validation_batch_end=look), validation=loader(X, Y))
+    assert len(found) == 8 and max(map(abs, found)) < 1e-5
 
 
 def test_a_second_fit_begins_anew_and_a_fit_that_goes_on_keeps_its_samples():

@@ -39,6 +39,7 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
 from torch.utils.data import IterableDataset
@@ -522,10 +523,10 @@ class LangevinMixture(Recipe):
                 " this stage out of evaluate"
             )
         module = self._plan.module
-        part = part_of(module, self.forward)
+        part, own = part_of(module, self.forward), dict(module.named_parameters())
         every = []
         for member in self._members:
-            with wearing(module, {name: value.to(logits.device) for name, value in member.items()}):
+            with wearing(module, _like(own, member, logits.device)):
                 every.append(logits_in(part(*args, **kwargs)).float().log_softmax(1))
         log_probs = torch.stack(every)
         log_q = mixture_log_prob(log_probs)
@@ -589,3 +590,13 @@ class LangevinMixture(Recipe):
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._steps, self._burn_in, self._taken = state["steps"], state["burn_in"], state["taken"]
         self._due, self._samples = state["due"], list(state["samples"])
+
+
+def _like(own: Mapping[str, Parameter], member: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A member's tensors on a device; parameters ask for a gradient where the module's own do, for whoever looks at a
+    loss and takes one without a graph for none."""
+    with torch.inference_mode(False):
+        return {
+            name: Parameter(value.to(device), own[name].requires_grad) if name in own else value.to(device)
+            for name, value in member.items()
+        }
