@@ -113,7 +113,7 @@ class BalancedCNN(OfImages):
         dropout: before the linear layer.
         decay_alpha: whether weight decay acts on the alphas' parameters too, as in the paper's code. There it moves
             alpha from 0.62 to the 0.57 that the paper reports without any gradient; by default it does not.
-        optimizer: makes the optimizer from the parameters.
+        optimizer: makes the optimizer from the parameters; None for AdamW at its defaults.
         lr_scheduler: makes the schedule from the optimizer; None for a constant rate.
         lr_interval: "epoch" or "step".
         monitor: what a ReduceLROnPlateau watches.
@@ -146,7 +146,7 @@ class BalancedCNN(OfImages):
         block_size: int = 7,
         dropout: float = 0.5,
         decay_alpha: bool = False,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/loss",

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
@@ -20,7 +21,7 @@ class OptimizedModule(LightningModule):
     """Automatic optimization of all parameters by an optimizer and a schedule that the config names.
 
     Args:
-        optimizer: makes the optimizer from the parameters.
+        optimizer: makes the optimizer from the parameters; None for AdamW at its defaults.
         lr_scheduler: makes the schedule from the optimizer; None for a constant rate.
         lr_interval: whether the schedule steps after an "epoch" or after every optimizer "step". A ReduceLROnPlateau
             steps after an epoch.
@@ -29,7 +30,7 @@ class OptimizedModule(LightningModule):
 
     def __init__(
         self,
-        optimizer: OptimizerCallable,
+        optimizer: OptimizerCallable | None,
         lr_scheduler: LRSchedulerCallable | None,
         lr_interval: Literal["epoch", "step"],
         monitor: str,
@@ -37,7 +38,8 @@ class OptimizedModule(LightningModule):
         super().__init__()
         if lr_interval not in ("epoch", "step"):
             raise ValueError(f"lr_interval={lr_interval!r}: must be 'epoch' or 'step'")
-        self._make_optimizer = optimizer
+        # no default argument: another class that a config names would get those of its defaults that it takes too
+        self._make_optimizer = AdamW if optimizer is None else optimizer
         self._make_lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
         self.monitor = monitor

@@ -167,7 +167,7 @@ class ContrastivePretraining(OptimizedModule):
         loss: of (u1, u2, labels): SupConLoss, NTXentLoss, SpectralContrastiveLoss or your own.
         keep: what ``forward`` and ``predict_step`` give downstream: z ('pre'), u ('post') or both as a pair.
         model_args: arguments of a timm model, for example in_chans, img_size.
-        optimizer: makes the optimizer from the parameters.
+        optimizer: makes the optimizer from the parameters; None for AdamW at its defaults.
         lr_scheduler: makes the schedule from the optimizer; None for a constant rate.
         lr_interval: "epoch" or "step".
         monitor: what a ReduceLROnPlateau watches.
@@ -184,7 +184,7 @@ class ContrastivePretraining(OptimizedModule):
         loss: nn.Module | None = None,
         keep: Literal["pre", "post", "both"] = "pre",
         model_args: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "train/loss",

@@ -61,7 +61,7 @@ class ImageClassifier(OfImages):
         in_chans: channels of the images.
         pretrained: download timm's pretrained weights.
         model_args: further arguments of the net, for example img_size, drop_path_rate, depth.
-        optimizer: makes the optimizer from the parameters.
+        optimizer: makes the optimizer from the parameters; None for AdamW at its defaults.
         lr_scheduler: makes the schedule from the optimizer; None for a constant rate.
         lr_interval: "epoch" or "step".
         monitor: what a ReduceLROnPlateau watches.
@@ -78,7 +78,7 @@ class ImageClassifier(OfImages):
         in_chans: int = 3,
         pretrained: bool = False,
         model_args: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/loss",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
@@ -61,7 +60,7 @@ class TextClassifier(Classifier):
         model_name_or_path: str | None = None,
         config: dict[str, Any] | None = None,
         num_classes: int = 2,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/loss",
@@ -119,7 +118,7 @@ class CausalLM(OptimizedModule):
         self,
         model_name_or_path: str | None = None,
         config: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
         monitor: str = "val/loss",

@@ -292,6 +292,13 @@ def shipped(folder):
     return sorted(p.relative_to(root).as_posix() for p in (root / folder).glob("*.yaml"))
 
 
+def test_an_optimizer_that_a_config_names_has_its_own_defaults(capsys):
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    model = {"class_path": "ImageClassifier", "init_args": {"model": "small_cnn", "optimizer": optimizer}}
+    config = yaml.safe_load(printed_config(capsys, "--model", json.dumps(model), "--data", "DigitsDataModule"))
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0, "not AdamW's"
+
+
 @pytest.mark.parametrize("recipe", shipped("recipes"))
 def test_recipe_configs_lie_over_a_base_config(recipe, elsewhere, capsys):
     base = shipped("base")[0]  # which one makes no difference to the parser
