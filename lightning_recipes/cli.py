@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -284,17 +285,15 @@ def config_folder() -> Path:
 def config_files(recipe: type) -> list[Path]:
     """The shipped recipe configs whose first callback is this recipe; without any, those that have it further down, or
     those of the papers whose module or data module it is."""
-    import yaml
-
     first, further, whole = [], [], []
     for path in sorted((config_folder() / "papers").glob("*.yaml")):
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = _parsed(path, path.stat().st_mtime_ns)
         parts = [config.get(name) for name in ("model", "data")]
         paths = [str(part.get("class_path")) for part in parts if isinstance(part, dict)]
         if recipe.__name__ in [class_path.rsplit(".", 1)[-1] for class_path in paths]:
             whole.append(path)
     for path in sorted((config_folder() / "recipes").glob("*.yaml")):
-        trainer = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("trainer") or {}
+        trainer = (_parsed(path, path.stat().st_mtime_ns) or {}).get("trainer") or {}
         callbacks: Any = trainer.get("callbacks+", trainer.get("callbacks")) or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         paths = [str(c.get("class_path") if isinstance(c, dict) else c) for c in callbacks]
@@ -302,6 +301,14 @@ def config_files(recipe: type) -> list[Path]:
         if recipe.__name__ in names:
             (first if names[0] == recipe.__name__ else further).append(path)
     return first or further or whole
+
+
+@functools.cache
+def _parsed(path: Path, changed: int) -> Any:
+    """A config; read once for all recipes, as long as it does not change."""
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def find_config(value: str) -> str:
