@@ -133,8 +133,8 @@ def checkpoint(name: str, settings: Settings, blocks: int) -> dict[str, Any]:
 
 # Tables: their columns with the widths of these.
 SPEED = {"case": 37, "loop ms": 7, "plain ms": 8, "with ms": 7, **dict.fromkeys(FACTORS, 13), "share": 13}
-MEMORY = {"case": 27, "plain MiB": 9, "with MiB": 8, "by hand MiB": 11, "with/plain": 10}
-CHECKPOINT = {"case": 27, "plain ms": 8, "adds ms": 13, "plain KiB": 9, "adds KiB": 8}
+MEMORY = {"case": 37, "plain MiB": 9, "with MiB": 8, "by hand MiB": 11, "with/plain": 10}
+CHECKPOINT = {"case": 37, "plain ms": 8, "adds ms": 13, "plain KiB": 9, "adds KiB": 8}
 BYTES = {"case": 37, "gradients KiB": 13, "others KiB": 10, "least KiB": 9, "sent/least": 10}
 GROWTH = {"case": 27, "of": 10, "sizes": 28, "with/plain": 40, "slope plain": 11, "slope with": 10}
 

@@ -228,12 +228,12 @@ def _growth(results: Mapping[str, Any]) -> list[Section]:
             )
             notes[-1] += " many more with every parameter tensor, between the two largest sizes."
         if axis == "samples":
-            columns += ["held B/sample", "checkpoint B/sample", "before s", "slope", "after s", "slope "]
+            columns += ["held B", "saved B", "before s", "slope", "after s", "slope"]
             for told, row in zip(rows, found):
                 told += _per_sample(row)
             notes.append(
-                "held: tensors after the last step, checkpoint: what it adds to one, both per sample at the largest"
-                " size; before, after: seconds that it adds before the first step and after the last one there."
+                "held: bytes of tensors after the last step, saved: bytes in a checkpoint, both a sample at the largest"
+                " size; before, after: seconds that it adds there before the first step and after the last one."
             )
         made.append(Section(f"Growth with {axis}", columns, rows, notes))
     return made
@@ -261,6 +261,7 @@ def heading(results: Mapping[str, Any]) -> list[str]:
     first += [f"{results.get('threads', '?')} threads, load {results.get('load', '?')} at the start"]
     second = [f"Python {results.get('python')}"] + [f"{name} {results.get(name)}" for name in ("torch", "lightning")]
     second += [f"{name} {results[name]}" for name in ("blocks", "steps", "batch") if name in results]
+    second += ["one block, so ± is not known"] if results.get("blocks") == 1 else []
     return ["; ".join(first), "; ".join(second)]
 
 

@@ -196,6 +196,53 @@ def test_every_submodule_gets_its_own_mode_back(module):
         assert [part.training for part in module.modules()] == before
 
 
+class KeepsItsNormInEval(nn.Sequential):
+    """As many fine-tuning scripts have it."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[0].eval()
+        return self
+
+
+@pytest.mark.parametrize("where", ["in the class", "on the instance"])
+def test_a_train_of_the_users_own_has_its_say(where):
+    inner = KeepsItsNormInEval(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    if where == "on the instance":
+        inner = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+        inner.train = lambda mode=True: _norm_stays(inner, mode)
+    net = nn.Sequential(inner, nn.Dropout())
+    net.eval()
+    with modes_kept(net, training=True):
+        assert [part.training for part in (net, inner[0], inner[1], net[1])] == [True, False, True, True]
+    assert not any(part.training for part in net.modules())
+
+
+def _norm_stays(inner, mode):
+    nn.Module.train(inner, mode)
+    inner[0].eval()
+    return inner
+
+
+def test_a_mode_that_is_no_attribute_is_set_by_its_owner():
+    class Watched(nn.Linear):
+        seen = ()
+
+        @property
+        def training(self):
+            return self.__dict__.get("_mode", True)
+
+        @training.setter
+        def training(self, mode):
+            self.seen, self.__dict__["_mode"] = (*self.seen, mode), mode
+
+    part = Watched(2, 2)
+    net = nn.Sequential(part, nn.Linear(2, 2))
+    with modes_kept(net, training=False):
+        assert not part.training and not net[1].training
+    assert part.training and net[1].training and part.seen[-2:] == (False, True)
+
+
 def test_gradients_are_allowed_under_inference_mode():
     weight = nn.Parameter(torch.ones(3))
     for context in (torch.no_grad(), torch.inference_mode()):
