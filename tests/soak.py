@@ -172,7 +172,8 @@ class Trouble:
     Attributes:
         rank: whom it meets; None for all, and for the workers too where it is a signal.
         loud: how NaN is noticed: by a callback of the user's, or by ``Trainer(detect_anomaly=True)``.
-        saves: whether a SIGTERM is answered with a checkpoint (``save_on_exception``).
+        saves: whether a SIGTERM is answered with a checkpoint (``save_on_exception``). Not where a loader's workers
+            get it too: then it is one of them that ends the run, in mid-step, and what is saved there is not exact.
         room: share of a checkpoint for which there is room on the disk.
     """
 
@@ -187,13 +188,14 @@ class Trouble:
 
 def trouble_of(draw: random.Random, setting: Draw, kinds: Sequence[str] = KINDS) -> Trouble:
     possible = [kind for kind in kinds if kind != "dead worker" or setting.workers]
+    kind, rank = draw.choice(possible), draw.choice([None, *range(setting.ranks)])
     return Trouble(
-        draw.choice(possible),
+        kind,
         after=draw.randint(0, 9),
         delay=draw.choice([0.0, 0.01, 0.1]) * draw.random(),
-        rank=draw.choice([None, *range(setting.ranks)]),
+        rank=rank,
         loud=draw.random() < 0.5,
-        saves=draw.random() < 0.5,
+        saves=draw.random() < 0.5 and (rank is not None or not setting.workers),
         room=draw.random() * 1.9,
     )
 
@@ -423,12 +425,13 @@ class Soak:
                 if now >= moment:
                     acted, start = True, now
                     self._strike(trouble, setting, words, leader, keep)
-            if not over and now - start > PATIENCE:
-                hung = True
-                for pid in living(leader):
+            alone = acted and not words[BATCHES] and any(s not in (0, NOT_YET) for s in words[STATUSES : STATUSES + 2])
+            if not over and now - start > (SOON if alone else PATIENCE):
+                hung = not alone  # ranks that wait for one that never came are ended by a launcher
+                for pid in living(leader) if hung else []:
                     if pid != leader:
                         os.kill(pid, signal.SIGUSR1)  # writes its stack
-                time.sleep(1)
+                time.sleep(1.0 * hung)
                 os.killpg(leader, signal.SIGKILL)
                 os.waitpid(leader, 0)
                 over = True
@@ -562,6 +565,7 @@ class Soak:
             "statuses": statuses,
             "orderly": statuses == [ORDERLY] * setting.ranks,
             "seconds": round(life.seconds, 2),
+            "drawn": str(trouble),
         }
 
     def _held(self, setting: Draw, folder: Path, trouble: Trouble | None) -> None:

@@ -228,7 +228,7 @@ class Session:
     @classmethod
     def close_after_exception(cls, trainer: pl.Trainer, exception: BaseException) -> None:
         """End the session once every callback has seen the exception, so that one that saves a checkpoint then still
-        finds adapters and optimizer as they trained.
+        finds adapters and optimizer as they trained; or at once when one of them fails in turn.
 
         A run that was refused before its first step has nothing to save: callbacks that save on an exception would
         write over the checkpoint that it was to resume from.
@@ -238,19 +238,38 @@ class Session:
             return
         end_of_recording()
         session._refused = isinstance(exception, RecipeError) and trainer.global_step <= session._steps_before
-        saving = trainer.checkpoint_callbacks if session._refused else []
-        silenced = [Patch(each, "on_exception", lambda *args: None) for each in saving]
+        held: list[Patch] = []
+
+        def hear(listener: Any) -> None:
+            def on_exception(*args: Any) -> None:
+                if session._refused and listener in trainer.checkpoint_callbacks:
+                    return
+                try:
+                    heard.original(*args)
+                except BaseException:  # a full disk, a rank that is gone: Lightning ends here and asks nobody else
+                    let_go()
+                    cls.close_of(trainer)
+                    raise
+
+            heard = Patch(listener, "on_exception", on_exception)
+            held.append(heard)
+
+        def let_go() -> None:
+            for each in held:
+                each.restore()
 
         def then_close(exception: BaseException) -> None:
-            patch.restore()
-            for each in silenced:
-                each.restore()
+            let_go()
             try:
                 patch.original(exception)
             finally:
                 cls.close_of(trainer)
 
+        for listener in [*trainer.callbacks, getattr(trainer, "datamodule", None)]:
+            if listener is not None:
+                hear(listener)
         patch = Patch(trainer.strategy, "on_exception", then_close)
+        held.append(patch)
 
     # -- data modules ------------------------------------------------------------------------------------------------
 

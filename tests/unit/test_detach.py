@@ -8,6 +8,8 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import Checkpoint
 
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.recipe import Recipe, StepRecipe
@@ -87,6 +89,37 @@ def test_the_module_is_stock_after_an_exception_inside_the_step():
     with pytest.raises(RuntimeError, match="user's own"):
         fit(module, Smooth(), Attack())
     assert stock(module)
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["callback", "data module"])
+def test_the_module_is_stock_when_saving_on_an_exception_fails_too(data):
+    """A full disk, or another rank that is gone: Lightning asks nobody after the one that fails."""
+
+    def fail(*args):
+        raise RuntimeError("user's own")
+
+    class Full(Checkpoint):
+        def on_exception(self, *args):
+            assert "training_step" in module.__dict__, "it sees the module as it trained"
+            raise OSError("no space left on device")
+
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return loader(X, Y)
+
+        def on_exception(self, *args):
+            raise OSError("no space left on device")
+
+    module, attack = Classifier(), Attack()
+    callbacks = [Smooth(), attack, Watch(on_train_batch_start=fail), *[Full()] * (not data)]
+    trainer = quiet(callbacks=callbacks, enable_checkpointing=not data)
+    with pytest.raises(OSError, match="no space left"):
+        trainer.fit(module, Data() if data else loader(X, Y))
+    assert stock(module)
+    assert not any("on_exception" in each.__dict__ for each in [*trainer.callbacks, trainer.strategy])
+    trainer = quiet(callbacks=[attack])
+    trainer.fit(module, loader(X, Y))
+    assert trainer.global_step == 4
 
 
 def test_the_module_is_stock_after_ctrl_c():

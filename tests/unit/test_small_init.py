@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_recipes.callbacks import PEGO, GrokkingMonitor, SmallInit
+from lightning_recipes.callbacks import PEGO, ExactResume, GrokkingMonitor, SmallInit
 from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
@@ -74,6 +74,21 @@ def test_a_resume_takes_the_checkpoints_weights(tmp_path):
         resumed, loader(X, Y), ckpt_path=str(tmp_path / "first.ckpt")
     )
     assert same(start, weights(through))
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "lightnings own"])
+def test_a_resume_with_no_batch_left_ends_with_the_checkpoints_weights(exact, tmp_path):
+    """Stopped in the validation after the last batch, say."""
+    keep = ModelCheckpoint(tmp_path, "last", every_n_train_steps=4)
+    recipes = [SmallInit(0.1), *[ExactResume()] * exact]
+    through, resumed = Classifier(mlp()), Classifier(mlp())
+    quiet(callbacks=[*recipes, keep], enable_checkpointing=True).fit(through, loader(X, Y))
+    again = SmallInit(0.1)
+    trainer = quiet(callbacks=[again, *[ExactResume()] * exact])
+    trainer.fit(resumed, loader(X, Y), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert trainer.global_step == 4
+    assert same(weights(resumed), weights(through))
+    assert same(began(resumed, again), weights(through)), "it has been scaled"
 
 
 def test_a_module_is_scaled_once_however_often_it_is_fitted():

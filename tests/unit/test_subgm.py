@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim import SGD
 
@@ -373,6 +374,17 @@ def test_a_second_fit_goes_on_from_the_weights_of_the_first():
     assert torch.allclose(module.U, between["U"], rtol=1e-3, atol=1e-8)
     quiet(max_steps=1, callbacks=[SubGM(1e-3)]).fit(module, datamodule=data)
     assert torch.linalg.norm(module.U) < 0.5 * torch.linalg.norm(between["U"]), "another one starts anew"
+
+
+def test_a_resume_with_no_step_left_ends_with_the_checkpoints_factors(tmp_path):
+    data, keep = sensed(), ModelCheckpoint(tmp_path, "last", every_n_train_steps=5)
+    through, resumed = LowRankRecovery(6), LowRankRecovery(6)
+    quiet(max_epochs=-1, max_steps=5, callbacks=[SubGM(0.1), keep], enable_checkpointing=True).fit(
+        through, datamodule=data
+    )
+    again = quiet(max_epochs=-1, max_steps=5, callbacks=[SubGM(0.1)])
+    again.fit(resumed, datamodule=data, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert same(weights(resumed), weights(through))
 
 
 def test_squared_errors_are_warned_of_and_absolute_ones_are_not():

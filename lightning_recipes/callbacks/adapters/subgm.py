@@ -573,6 +573,15 @@ class SubGM(Recipe):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._keep()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Factors that have been trained stand there now: a run that has no batch left must not take them back."""
+        self._keep()
+
+    def _keep(self) -> None:
         if self._writing is not None:
             self._writing.settle()
             self._writing = None

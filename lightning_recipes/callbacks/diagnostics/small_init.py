@@ -115,10 +115,19 @@ class SmallInit(Recipe):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._keep(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: Mapping[str, Any]
+    ) -> None:
+        """Weights that have been trained stand there now: a run that has no batch left must not take them back."""
+        self._keep(pl_module)
+
+    def _keep(self, module: pl.LightningModule) -> None:
         if self._writing is not None:
             self._writing.settle()
             self._writing = None
-            self._scaled.add(pl_module)
+            self._scaled.add(module)
 
     def _let_go(self) -> None:
         self._writing = None
