@@ -34,7 +34,7 @@ from .table import Lively, small_vit
 ROOT = Path(__file__).parents[2]
 STACK = next(row for row in ROWS if row.name == "pego+unfreeze+aaer")
 BATCHES, EPOCHS, EVERY, LOST_AT = 7, 3, 2, 13
-LIMIT = 90  # seconds after which a process is taken to hang
+LIMIT = 240  # seconds after which a process is taken to hang
 
 
 class Digits(Lively):

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from .nodes import LIMIT
 from .table import differing
 
 pytestmark = pytest.mark.ddp
@@ -49,7 +48,7 @@ def _last(machines: Path, place: str) -> dict[str, Any]:
 def test_when_a_machine_is_lost_the_run_ends_on_the_other_one_at_once(machines: Path) -> None:
     ended = _ended(machines, "lost")
     assert ended["statuses"] == [1, -9], _said(machines, "shared", "lost.node0")[-3000:]
-    assert ended["seconds"][0] - ended["seconds"][1] < LIMIT / 3
+    assert ended["seconds"][0] - ended["seconds"][1] < 60
 
 
 def test_a_run_on_two_machines_that_lost_one_ends_bitwise_like_one_machine_with_two_processes(machines: Path) -> None:
