@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from .nodes import LIMIT
 from .table import differing
 
 pytestmark = pytest.mark.ddp
@@ -49,7 +48,7 @@ def _last(machines: Path, place: str) -> dict[str, Any]:
 def test_when_a_machine_is_lost_the_run_ends_on_the_other_one_at_once(machines: Path) -> None:
     ended = _ended(machines, "lost")
     assert ended["statuses"] == [1, -9], _said(machines, "shared", "lost.node0")[-3000:]
-    assert ended["seconds"][0] - ended["seconds"][1] < LIMIT / 3
+    assert ended["seconds"][0] - ended["seconds"][1] < 60
 
 
 def test_a_run_on_two_machines_that_lost_one_ends_bitwise_like_one_machine_with_two_processes(machines: Path) -> None:
@@ -66,7 +65,7 @@ def test_a_run_on_two_machines_that_lost_one_ends_bitwise_like_one_machine_with_
 def test_the_second_life_went_on_where_the_last_checkpoint_was(machines: Path) -> None:
     """And not from the beginning, which would end the same."""
     lost = _last(machines, "apart0")  # a copy of what the first life left
-    assert lost["global_step"] == 4
+    assert (lost["epoch"], lost["global_step"]) == (1, 6)
     assert "Restored all states from the checkpoint" in _said(machines, "shared", "resumed.node0")
 
 
@@ -89,5 +88,5 @@ def test_machines_that_do_not_see_one_disk_are_told_so_instead_of_waiting_for_ev
     assert ended["statuses"] == [1, 1]
     for node in range(2):
         said = _said(machines, f"apart{node}", f"apart.node{node}")
-        assert "the processes do not resume from the same checkpoint: rank 0 found one of epoch 1, step 4 and" in said
+        assert "the processes do not resume from the same checkpoint: rank 0 found one of epoch 1, step 6 and" in said
         assert "rank 1 none. Its folder (ckpt_path, ModelCheckpoint's dirpath) must be on a disk that all" in said
