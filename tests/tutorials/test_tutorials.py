@@ -1,0 +1,50 @@
+"""Every tutorial is run from top to bottom, and what it shows is what comes out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tutorials.page import Picture, Run, parse
+from tests.tutorials.update import pages
+
+LARGEST = 60_000
+"""Bytes of a picture in the repository."""
+
+
+@pytest.fixture(autouse=True)
+def loggers_left_alone() -> Iterator[None]:
+    """A tutorial may quieten Lightning's loggers."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
+
+
+@pytest.mark.filterwarnings("default")  # those that a reader gets are no errors, and none are hidden
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
+def test_a_tutorial_runs_and_shows_what_comes_out(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Run(path)
+    run()
+    if run.left_out:
+        pytest.skip(run.left_out)
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
+def test_a_tutorials_pictures_are_there_and_small(path: Path) -> None:
+    for part in parse(path.read_text(encoding="utf-8"), path.name):
+        if isinstance(part, Picture):
+            file = path.parent / part.file
+            assert file.is_file(), f"{file}: python -m tests.tutorials.update {path.stem}"
+            assert file.stat().st_size < LARGEST, f"{file} has {file.stat().st_size} bytes"
+
+
+def test_there_is_a_tutorial_for_each_of_the_four_tasks() -> None:
+    assert [path.stem for path in pages()] == ["eight_gpus", "few_images", "robust_classifier", "ten_tasks"]
