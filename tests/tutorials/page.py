@@ -112,7 +112,7 @@ def parse(text: str, name: str = "page") -> list[Block | Picture]:
                 raise PageError(f"{name}:{number}: no <!-- picture: ... --> says which file of the run {picture[1]} is")
             found.append(Picture(picture[1], says.pop("picture"), number))
         elif line.startswith("```"):
-            raise PageError(f"{name}:{number}: {line!r} opens no block: a language, and title=\"...\" or nothing")
+            raise PageError(f'{name}:{number}: {line!r} opens no block: a language, and title="..." or nothing')
     if opened is not None:
         raise PageError(f"{name}:{opened.line - 1}: this block does not end")
     if says:
@@ -214,7 +214,7 @@ class Run:
         self._module = types.ModuleType("__tutorial__")
 
     def blocks(self) -> Iterator[tuple[Block, Block | None, bool]]:
-        """Every block that does something, the block that shows what it prints, and whether that is one of a command."""
+        """Every block that does something, the one that shows what it prints, and whether it is commands."""
         parts = [part for part in self.parts if isinstance(part, Block)]
         for place, block in enumerate(parts):
             if block.language == "text":
@@ -361,6 +361,7 @@ def run_command(command: Sequence[str]) -> tuple[int, str]:
 def _left_as_it_was(module: types.ModuleType) -> Iterator[None]:
     """One thread, whose sums come in one order; and what code of a page changes of the process is put back."""
     import torch
+    from lightning.pytorch.utilities.seed import isolate_rng
 
     threads, environment, path = torch.get_num_threads(), dict(os.environ), list(sys.path)
     modules = set(sys.modules)
@@ -369,7 +370,7 @@ def _left_as_it_was(module: types.ModuleType) -> Iterator[None]:
     sys.modules[module.__name__] = module  # classes look for what their annotations name there
     sys.path.insert(0, os.getcwd())
     try:
-        with torch.random.fork_rng(devices=[]):
+        with isolate_rng():
             yield
     finally:
         torch.set_num_threads(threads)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.tutorials.page import Picture, Run, parse
+from lightning_recipes.cli import config_folder
+from tests.tutorials.page import Block, Picture, Run, parse
 from tests.tutorials.update import pages
 
 LARGEST = 60_000
@@ -27,9 +29,7 @@ def loggers_left_alone() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("default")  # those that a reader gets are no errors, and none are hidden
 @pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
-def test_a_tutorial_runs_and_shows_what_comes_out(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tutorial_runs_and_shows_what_comes_out(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = Run(path)
     run()
@@ -44,6 +44,19 @@ def test_a_tutorials_pictures_are_there_and_small(path: Path) -> None:
             file = path.parent / part.file
             assert file.is_file(), f"{file}: python -m tests.tutorials.update {path.stem}"
             assert file.stat().st_size < LARGEST, f"{file} has {file.stat().st_size} bytes"
+
+
+def named_configs(text: str) -> list[str]:
+    """What follows a ``--config`` anywhere on a page, in the text too."""
+    return re.findall(r"--config[ =\n]+([\w./-]+\.yaml)", text)
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
+def test_the_configs_that_a_tutorial_names_are_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    own = {part.title for part in parse(text, path.name) if isinstance(part, Block)} | {"mine.yaml"}
+    for name in named_configs(text):
+        assert name in own or (config_folder() / name).is_file(), name
 
 
 def test_there_is_a_tutorial_for_each_of_the_four_tasks() -> None:
