@@ -31,8 +31,8 @@ def update(path: Path) -> Run:
                 if isinstance(part, Picture) and run.left_out is None:
                     picture = path.parent / part.file
                     picture.parent.mkdir(exist_ok=True)
-                    with Image.open(part.source) as drawn:  # a palette: a third of the bytes
-                        drawn.convert("RGB").quantize(64).save(picture, optimize=True)
+                    with Image.open(part.source) as drawn:  # a palette: half of the bytes
+                        drawn.convert("RGB").quantize(256).save(picture, optimize=True)
         finally:
             os.chdir(before)
     path.write_text(run.updated(), encoding="utf-8")
