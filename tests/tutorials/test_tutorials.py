@@ -37,13 +37,18 @@ def test_a_tutorial_runs_and_shows_what_comes_out(path: Path, tmp_path: Path, mo
         pytest.skip(run.left_out)
 
 
-@pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
-def test_a_tutorials_pictures_are_there_and_small(path: Path) -> None:
-    for part in parse(path.read_text(encoding="utf-8"), path.name):
-        if isinstance(part, Picture):
-            file = path.parent / part.file
-            assert file.is_file(), f"{file}: python -m tests.tutorials.update {path.stem}"
-            assert file.stat().st_size < LARGEST, f"{file} has {file.stat().st_size} bytes"
+PICTURES = [
+    path.parent / part.file
+    for path in pages()
+    for part in parse(path.read_text(encoding="utf-8"), path.name)
+    if isinstance(part, Picture)
+]
+
+
+@pytest.mark.parametrize("file", PICTURES, ids=lambda file: file.stem)
+def test_a_picture_of_a_tutorial_is_there_and_small(file: Path) -> None:
+    assert file.is_file(), f"{file}: python -m tests.tutorials.update draws it"
+    assert file.stat().st_size < LARGEST, f"{file} has {file.stat().st_size} bytes"
 
 
 def named_configs(text: str) -> list[str]:
