@@ -6,6 +6,9 @@ import numpy as np
 import torch
 
 from lightning_recipes.callbacks.diagnostics.generalization_dynamics import edges, marchenko_pastur
+from lightning_recipes.core.random import generator
+from lightning_recipes.datamodules.boolean_task import all_inputs, draw_task
+from lightning_recipes.datamodules.gaussian_rf import GaussianRFDataModule
 from lightning_recipes.datamodules.matrix_sensing import low_rank
 from lightning_recipes.datamodules.scole import Schedule
 from lightning_recipes.datamodules.xor_clusters import XORClusters, balanced_draw
@@ -76,3 +79,34 @@ def xor_clusters(figure):
     axes.scatter(*x[flipped].T, s=26, facecolors="none", edgecolors=INK, linewidths=0.8)
     axes.axhline(0, color=FAINT, linewidth=0.6, zorder=0)
     axes.axvline(0, color=FAINT, linewidth=0.6, zorder=0)
+
+
+@draws("BooleanTaskDataModule")
+def boolean_task(figure):
+    """Training inputs of five bits as columns, and below them the labels by the majority of the first three: one in ten
+    is flipped (red)."""
+    places, labels = draw_task(5, "majority", 0.1, 28, generator(4, "picture"))
+    bits = all_inputs(5)[places]
+    rule = bits[:, :3].float().gt(0).float().sum(1) >= 2
+    axes = bare(figure.subplots())
+    axes.set_aspect("equal")
+    blank = np.full((1, len(labels)), np.nan)
+    given = labels.numpy()[None].astype(float)
+    values = np.concatenate([(bits.float() > 0).float().T.numpy(), blank, given])
+    tones = np.full(values.shape, FAINT)
+    tones[:3], tones[-1] = INK, np.where(labels.bool() == rule, BLUE, RED)
+    tiles(axes, values, tones=tones, floor=0.25)
+
+
+@draws("GaussianRFDataModule")
+def gaussian_rf(figure):
+    """Eigenvalues of the kernel and squares of the target's coefficients in its modes: both are power laws."""
+    data = GaussianRFDataModule(alpha=1.5, beta=1.2, n_modes=1000, n=1, k=1, n_test=1)
+    modes = np.arange(1, 1001)
+    axes = figure.subplots()
+    axes.plot(modes, data.eigvals, color=BLUE)
+    axes.plot(modes, data.coeffs.square(), color=ORANGE)
+    axes.text(25, float(data.eigvals[24]) / 8, "kernel", color=BLUE, ha="right")
+    axes.text(60, float(data.coeffs[59]) ** 2 * 2, "target", color=ORANGE)
+    axes.set(xscale="log", yscale="log", xlabel="mode", xticks=[1, 1000], yticks=[])
+    axes.minorticks_off()

@@ -7,6 +7,8 @@ import torch
 
 from lightning_recipes.callbacks.adapters.subgm import decay_for, subgradient, subgradient_step
 from lightning_recipes.callbacks.diagnostics.generalization_dynamics import mode_weights
+from lightning_recipes.core.ridge_theory import ridge_readout
+from lightning_recipes.core.spectrum import spectrum
 from lightning_recipes.datamodules.matrix_sensing import low_rank
 from lightning_recipes.modules.dual_input_output import warp
 from lightning_recipes.modules.low_rank_recovery import measure
@@ -125,3 +127,21 @@ def two_layer_relu(figure):
         places = (x[:80] + torch.tensor([3.4, -3.0])) * torch.tensor([25 / 6.8, -22 / 6.0])
         for label, tone in ((1, BLUE), (-1, ORANGE)):
             axes.scatter(*places[y[:80] == label].T, s=4, color=tone, linewidths=0)
+
+
+@draws("RandomFeatureRegressor")
+def random_feature_regressor(figure):
+    """Ridge regression on ReLU features that are drawn and never trained, solved at once: few features bend little."""
+    axes = figure.subplots()
+    draws_ = torch.Generator().manual_seed(2)
+    x = torch.rand(24, 1, generator=draws_) * 2 - 1
+    y = torch.sin(4 * x) + 0.15 * torch.randn(24, 1, generator=draws_)
+    at = torch.linspace(-1, 1, 120)[:, None]
+    for k, tone in ((4, ORANGE), (400, BLUE)):
+        w, b = torch.randn(k, 1, generator=draws_), torch.randn(k, generator=draws_)
+        h, line = (torch.relu(each @ w.T + b) / k**0.5 for each in (x, at))
+        readout = ridge_readout(spectrum(h, y, centred=False), 1e-3).float()
+        axes.plot(at, line @ readout.T, color=tone, label=f"{k} features")
+    axes.scatter(x, y, s=8, color=INK, linewidths=0)
+    axes.set(xticks=[], yticks=[], ylim=(-2.2, 1.6))
+    axes.legend(loc="lower right")

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from lightning_recipes.callbacks.regularization.gradient_noise import deviation
 from lightning_recipes.callbacks.regularization.guidance import layer_pairs
+from lightning_recipes.callbacks.regularization.hypothesis_weight import reach
+from lightning_recipes.callbacks.regularization.langevin_mixture import noise_deviation
 from lightning_recipes.callbacks.regularization.normalized_gd import normalized_logistic_gd
 from lightning_recipes.callbacks.regularization.ps_kd import growth, refined
 from pictures import BLUE, FAINT, INK, ORANGE, bare, box, draws, scheme, tiles, whole
@@ -91,3 +93,42 @@ def ps_kd(figure):
     axes.set_yticks(np.arange(epochs) + 0.5, [f"epoch {e}" for e in range(epochs)])
     axes.tick_params(length=0)
     axes.set_xlabel("class")
+
+
+@draws("HypothesisWeightMonitor")
+def hypothesis_weight_monitor(figure):
+    """How far from a solution predictions stay the same to within ε: wide in a flat minimum, narrow in a sharp one. The
+    more of the prior lies within, the simpler the solution."""
+    axes = figure.subplots()
+    t, eps = np.linspace(-3.4, 3.4, 300), 0.35
+    for middle, sharp, tone, name in ((-1.5, 0.4, BLUE, "simple"), (2.2, 9.0, ORANGE, "complex")):
+        divergence = lambda r, sharp=sharp: sharp * r * r  # noqa: E731
+        near = np.abs(t - middle) < 1.75 / (1 + 0.5 * (sharp > 1))
+        axes.plot(t[near], divergence(t[near] - middle), color=tone)
+        radius = reach(divergence, eps, 0.1)
+        axes.plot([middle - radius, middle + radius], [eps, eps], color=tone, linewidth=4, solid_capstyle="butt")
+        axes.text(middle, -0.22, name, color=tone, ha="center")
+    axes.axhline(eps, color=FAINT, linestyle=":")
+    axes.text(0.6, eps + 0.05, "ε", color=INK)
+    axes.set(ylim=(-0.3, 1.3), xticks=[], yticks=[], xlabel="weights", ylabel="KL")
+
+
+@draws("LangevinMixture")
+def langevin_mixture(figure):
+    """Steps with noise do not stop at the minimum: they wander over everything that fits the data about as well, and
+    what they come by (blue) predicts together. Without noise there is one network (orange)."""
+    axes = figure.subplots()
+    draws_ = torch.Generator().manual_seed(3)
+    curvature, lr, start = torch.tensor([0.25, 1.6]), 0.25, torch.tensor([-2.6, 1.4])
+    weights, plain = [start], [start]
+    for _ in range(700):
+        noise = noise_deviation(lr, 1.0, 6) * torch.randn(2, generator=draws_)
+        weights.append(weights[-1] - lr * curvature * weights[-1] + noise)
+        plain.append(plain[-1] - lr * curvature * plain[-1])
+    x, y = np.meshgrid(np.linspace(-3.4, 3.4, 80), np.linspace(-1.6, 1.7, 60))
+    axes.contour(x, y, 0.125 * x**2 + 0.8 * y**2, levels=[0.1, 0.35, 0.8, 1.5], colors=FAINT, linewidths=0.7)
+    axes.plot(*torch.stack(weights[:60]).T.numpy(), color=BLUE, linewidth=0.5, alpha=0.6)
+    axes.scatter(*torch.stack(weights[60::16]).T.numpy(), s=9, color=BLUE, linewidths=0)
+    axes.plot(*torch.stack(plain[:60]).T.numpy(), color=ORANGE, linewidth=1.2)
+    axes.plot(0, 0, marker="o", color=ORANGE)
+    bare(axes)
