@@ -138,7 +138,7 @@ class Point:
 
 def cost_picture(points: Sequence[Point], xlabel: str, ylabel: str, says: str, alone: bool = False) -> str:
     """What each recipe changes over what it costs, the base at (1, 0)."""
-    width, height, left, right, top, bottom = 440.0, 320.0, 52.0, 14.0, 26.0, 44.0
+    width, height, left, right, top, bottom = 360.0, 300.0, 46.0, 10.0, 28.0, 42.0
     across = scale([point.x for point in points] + [1.0], left, width - right, 0.12)
     heights = [value for point in points for value in (point.y, point.low, point.high)]
     up = scale([*heights, 0.0], height - bottom, top, 0.08)
@@ -152,6 +152,7 @@ def cost_picture(points: Sequence[Point], xlabel: str, ylabel: str, says: str, a
     parts += [line(left, up(0), width - right, up(0), "axis"), line(across(1), top, across(1), height - bottom, "axis")]
     parts.append(text((left + width - right) / 2, height - 6, xlabel, "middle", "strong"))
     taken = [(across(p.x) - 6, up(p.y) - 6, across(p.x) + 6, up(p.y) + 6) for p in points]
+    taken += [(across(p.x) - 2, up(p.high), across(p.x) + 2, up(p.low)) for p in points if math.isfinite(p.low)]
     labels = []
     for point in points:
         x, y = across(point.x), up(point.y)

@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lightning_recipes.cli import PROG
 from lightning_recipes.compare.plan import Plan, Run
 from lightning_recipes.core.artefacts import Content
 from lightning_recipes.core.errors import RecipeError
@@ -54,6 +55,9 @@ def settle(folder: Path, code: int) -> None:
     if code == 0:
         return
     lines = [line.rstrip() for line in _text(folder / "log.txt").splitlines() if line.strip()]
+    refused = [line for line in lines if line.startswith(f"{PROG}: error: ")]
+    if refused:  # whole, and nothing beside it
+        lines = lines[lines.index(refused[-1]) :]
     what = f"it ended with code {code}"
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)

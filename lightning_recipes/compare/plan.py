@@ -209,7 +209,9 @@ def make_plan(
     limit, seeds, mode = Budget.read(budget), seeds_of(seeds), mode_of(metric, mode)
     if not recipes:
         raise RecipeError("recipe: nothing to compare the base with; give --recipe once or several times")
-    _, under, words = _read(base, "base")
+    named = {**base, "name": base.get("name") or BASE} if isinstance(base, Mapping) else base
+    name, under, words = _read(named, "base")
+    words = words if name == BASE or not isinstance(base, Mapping) else f"{name} ({words})"
     arms = [Arm(BASE, _config(under, BASE, limit), words)]
     for each in recipes:
         name, over, words = _read(each, "recipe")
@@ -217,7 +219,7 @@ def make_plan(
             raise RecipeError(f"recipe: there are two arms of the name {name!r}; name one: --recipe other=...")
         arms.append(Arm(name, _config([*under, *over], name, limit), words))
     plan = Plan(arms, seeds, metric, mode, limit, Path(out), arms[0].laid)
-    plan.runs.extend(_run(plan.out, arm, seed) for seed in seeds for arm in arms)
+    plan.runs.extend(run_of(plan.out, arm, seed) for seed in seeds for arm in arms)
     return plan
 
 
@@ -303,7 +305,8 @@ class _Refused(BaseException):
 # -- runs ------------------------------------------------------------------------------------------------------------
 
 
-def _run(out: Path, arm: Arm, seed: int) -> Run:
+def run_of(out: Path, arm: Arm, seed: int) -> Run:
+    """The run of an arm on a seed, in the folder that it has or will have."""
     made_from = {
         "config": _plain(arm.config),
         "seed": seed,

@@ -105,9 +105,11 @@ class Report:
         parts = [f"Of {recipes}: {told}" + (f", {counts['none']} without a comparison" if counts["none"] else "") + "."]
         if len(self.plan.seeds) == 1:
             parts.append("One seed shows no spread: no difference here can be told from noise. Give --seeds 5 or more.")
-        total = len(self.plan.runs)
-        if self.done < total:
-            parts.append(f"{self.done} of {total} runs are done; the same command goes on with the others.")
+        failed, missing = (sum(len(getattr(row, name)) for row in self.rows) for name in ("failed", "missing"))
+        if failed:
+            parts.append(f"{failed} of {len(self.plan.runs)} runs failed.")
+        if missing:
+            parts.append(f"{missing} of {len(self.plan.runs)} runs are still to be done.")
         return " ".join(parts)
 
 
@@ -205,15 +207,15 @@ def _words(row: Row, mode: str, comparisons: int) -> tuple[str, str]:
         says = f"{signed(found.mean)} on each of {found.n} seeds: without a spread the t-test has nothing to go by."
         return "noise", says
     size = f"{signed(found.mean)} (95 % {signed(found.low)} to {signed(found.high)})"
-    p = f"p = {p_text(each.p_corrected)}"
+    p = _p_words(each.p_corrected)
     if comparisons > 1:
         p += f" after correction for {comparisons} comparisons"
     if each.told:
         better = (found.mean > 0) == (mode == "max")
         return ("better", f"Better than the base: {size}, {p}.") if better else ("worse", f"Worse: {size}, {p}.")
-    alone = f"; {p_text(each.p)} if it were the only comparison" if each.p < 0.05 else ""
+    alone = f" ({_p_words(each.p)} without it)" if each.p < 0.05 else ""
     needed = seeds_needed(found)
-    more = f" If the true difference were what is seen, some {needed} seeds would show it." if needed else ""
+    more = f" Some {needed} seeds would tell a true difference of this size." if needed else ""
     return "noise", f"Can't be told from noise: {size}, {p}{alone}.{more}"
 
 
@@ -298,8 +300,12 @@ def signed(value: float) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p-value."""
-    return "below 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    """A p-value in a table."""
+    return "<0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+
+
+def _p_words(p: float) -> str:
+    return "p below 0.001" if p < 0.001 else f"p = {p_text(p)}"
 
 
 def _mean(row: Row) -> str:
@@ -433,13 +439,14 @@ th, td { padding: 8px 10px 8px 0; vertical-align: top; }
 tbody td, tbody th { border-bottom: 1px solid var(--grid); }
 tbody th { color: var(--ink); overflow-wrap: anywhere; }
 tbody th small { display: block; font-weight: 400; color: var(--soft); }
+td small { display: block; color: var(--soft); white-space: nowrap; }
 td.drawn { min-width: 170px; } td.drawn svg { display: block; width: 100%; max-width: 240px; }
 .words td { padding-top: 0; color: var(--soft); } .row td, .row th { border-bottom: 0; padding-bottom: 2px; }
 .tag { display: inline-block; font-weight: 600; } .better { color: var(--better); } .worse { color: var(--worse); }
 .grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
 .grid > div, .picture { background: var(--card); border-radius: 10px; padding: 12px; }
 .grid svg, .picture svg { display: block; width: 100%; height: auto; }
-.picture { max-width: 620px; }
+.picture { max-width: 560px; }
 pre { background: var(--card); border-radius: 10px; padding: 12px; overflow-x: auto; font-size: .82rem; margin: 6px 0; }
 summary { cursor: pointer; } li { margin-bottom: 6px; } ul { padding-left: 1.2em; max-width: 80ch; }
 .key { display: inline-block; width: 14px; height: 3px; vertical-align: middle; margin: 0 4px 0 10px; }
@@ -453,7 +460,7 @@ summary { cursor: pointer; } li { margin-bottom: 6px; } ul { padding-left: 1.2em
   tbody th { font-size: 1.05rem; }
   td[data-of] { display: flex; justify-content: space-between; gap: 16px; }
   td[data-of]::before { content: attr(data-of); color: var(--soft); flex: none; }
-  td[data-of]:empty { display: none; }
+  td[data-of]:has(span:empty) { display: none; } td[data-of] span { text-align: right; }
   td.drawn { padding: 6px 0; } td.drawn svg { max-width: none; }
 }
 """
@@ -466,7 +473,7 @@ def html(report: Report) -> str:
     body = []
     for row, found in cells:
         name = f"<th scope='row'>{escape(row.name)}{f'<small>{escape(row.laid)}</small>' if row.laid else ''}</th>"
-        values = [f"<td data-of='{escape(column)}'>{escape(found[column])}</td>" for column in columns]
+        values = [f"<td data-of='{escape(column)}'>{_stacked(found[column])}</td>" for column in columns]
         values.insert(3, f"<td class='drawn'>{drawn[row.name]}</td>" if row.name in drawn else "<td></td>")
         body.append(f"<tr class='row'>{name}{''.join(values)}</tr>")
         tag = f" class='tag {row.verdict}'" if row.verdict in ("better", "worse") else ""
@@ -491,12 +498,12 @@ def html(report: Report) -> str:
         ]
         parts += ["<h2>Learning curves</h2>", f"<p class='legend'>{escape(_curve_words(report))}{''.join(keys)}</p>"]
         parts.append(f"<div class='grid'>{''.join(f'<div>{picture}</div>' for picture in pictures.values())}</div>")
-    failed = [(row.name, *each) for row in report.rows for each in row.failed]
+    failed = list(_failures(report))
     if failed:
         parts.append("<h2>Runs that failed</h2>")
-    for name, seed, what, lines in failed:
+    for title, lines in failed:
         last = f"<pre>{escape(chr(10).join(lines))}</pre>" if lines else ""
-        parts.append(f"<details open><summary>{escape(f'{name}, seed {seed}: {what}')}</summary>{last}</details>")
+        parts.append(f"<details open><summary>{escape(title)}</summary>{last}</details>")
     parts.append("<h2>How it was measured</h2>")
     parts.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in [*report.notes, *report.machines])}</ul>")
     return (
@@ -508,8 +515,25 @@ def html(report: Report) -> str:
     )
 
 
+def _stacked(words: str) -> str:
+    """A cell with what stands in brackets below the rest."""
+    value, bracket, rest = words.partition(" (")
+    return f"<span>{escape(value)}{f' <small>({escape(rest)}</small>' if bracket else ''}</span>"
+
+
+def _failures(report: Report) -> Iterator[tuple[str, list[str]]]:
+    """Which runs failed in what way, and the last lines of one of them; seeds that failed alike together."""
+    for row in report.rows:
+        alike: dict[str, tuple[list[int], str, list[str]]] = {}
+        for seed, what, lines in row.failed:
+            alike.setdefault(f"{what} {lines[-1:]}", ([], what, lines))[0].append(seed)
+        for seeds, what, lines in alike.values():
+            yield f"{row.name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}: {what}", lines
+
+
 def _title(report: Report) -> str:
-    return f"{report.plan.metric}: {len(report.rows) - 1} recipe(s) against the base"
+    count = len(report.rows) - 1
+    return f"{report.plan.metric}: {count} recipe{'s' if count > 1 else ''} against the base"
 
 
 def _curve_words(report: Report) -> str:
@@ -534,10 +558,9 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         lines.append(f"| {_cell(row.name)} | {values} | {_cell(row.words)} |")
     for what, path in pictures.items():
         lines += ["", f"![{what}]({path})"]
-    for row in report.rows:
-        for seed, what, last in row.failed:
-            lines += ["", f"**{row.name}, seed {seed}: {what}**"]
-            lines += ["", "```", *last, "```"] if last else []
+    for title, last in _failures(report):
+        lines += ["", f"**{title}**"]
+        lines += ["", "```", *last, "```"] if last else []
     lines += ["", "## How it was measured", "", *(f"- {note}" for note in [*report.notes, *report.machines])]
     return "\n".join(lines) + "\n"
 
@@ -652,4 +675,3 @@ def _save_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         part = path.with_name(f"{path.name}.part")
         pyarrow.parquet.write_table(table, part)
         part.replace(path)
-

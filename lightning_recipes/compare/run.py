@@ -164,7 +164,7 @@ class Measure(pl.Callback):
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self.curve: list[dict[str, float]] = []
-        self.intervals: list[float] = []
+        self.intervals: list[float] = []  # seconds
         self.trainable = self.parameters = self.peak = self.before = 0
         self.seconds = 0.0
         self._began = self._last = self._told = 0.0
@@ -214,7 +214,7 @@ class Measure(pl.Callback):
         place["seconds"] = time.perf_counter() - self._began
         point = {**place, **_floats(trainer.callback_metrics)}
         if self.curve and self.curve[-1]["step"] == point["step"]:
-            self.curve[-1].update(point)
+            self.curve[-1] = {**point, **place, "epoch": self.curve[-1]["epoch"]}  # the epoch is counted on at its end
         else:
             self.curve.append(point)
 
