@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -112,7 +113,8 @@ def _go(plan: Plan, options: Any, args: Sequence[str]) -> int:
     def finished(run: Run) -> None:
         _check(run, plan)
         if options.only is None:
-            report.save(report.collect(plan))
+            with contextlib.suppress(OSError):  # a full disk: the other runs go on, and the end says so
+                report.save(report.collect(plan))
 
     for each in plan.of(BASE):
         _check(each, plan)

@@ -35,16 +35,21 @@ Finished = Callable[[Run], None]
 # -- one run ---------------------------------------------------------------------------------------------------------
 
 
-def launch(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen:
-    """Start the process of a run, which ends when this process does."""
+def launch(folder: Path, environment: Mapping[str, str], where: str | None = None) -> subprocess.Popen:
+    """Start the process of a run, which ends when this process does.
+
+    Args:
+        environment: beside that of this process.
+        where: the folder from which the command was given; None for the current one.
+    """
+    where = where or os.getcwd()
     (folder / "failed.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "lightning_recipes.compare.run", str(folder), "--with-parent"]
-    paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]  # the user's own module
+    paths = [where, *filter(None, [os.environ.get("PYTHONPATH")])]  # the user's own module
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **environment, "PYTHONPATH": os.pathsep.join(paths)}
     with open(folder / "log.txt", "wb") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, **pipes, env=env, cwd=where, start_new_session=True)
 
 
 def settle(folder: Path, code: int) -> None:
@@ -66,9 +71,9 @@ def settle(folder: Path, code: int) -> None:
         write(folder / "failed.json", json.dumps({"what": what, "lines": lines[-LAST_LINES:]}))
 
 
-def run_in_folder(folder: str, environment: Mapping[str, str]) -> int:
+def run_in_folder(folder: str, environment: Mapping[str, str], where: str) -> int:
     """Do a run from beginning to end; what a machine of a cluster does."""
-    process = launch(Path(folder), environment)
+    process = launch(Path(folder), environment, where)
     try:
         code = process.wait()
     finally:
@@ -264,7 +269,7 @@ def run_ray(runs: Sequence[Run], jobs: int, finished: Finished) -> None:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[task.remote(str(run.folder.resolve()), threads)] = run
+                running[task.remote(str(run.folder.resolve()), threads, os.getcwd())] = run
             ready, _ = ray.wait(list(running), timeout=0.5)
             for reference in ready:
                 run = running.pop(reference)

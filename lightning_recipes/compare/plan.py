@@ -272,6 +272,9 @@ def _config(configs: Sequence[str], name: str, budget: Budget | None) -> dict[st
             message = message.partition("error: ")[2] or message
             raise RecipeError(f"the config of {name!r} cannot be read: {message}") from None
     config = yaml.safe_load(out.getvalue())
+    callbacks = config["trainer"].get("callbacks")
+    if isinstance(callbacks, Mapping):  # one that was not given as a list
+        config["trainer"]["callbacks"] = [callbacks]
     _check_callbacks(config["trainer"], name)
     config["trainer"].update(budget.settings() if budget else {})
     config["trainer"]["enable_progress_bar"] = False  # of many runs; the comparison has its own
@@ -294,8 +297,8 @@ def _check_callbacks(trainer: Mapping[str, Any], name: str) -> None:
     parser.add_instantiator(build, pl.Callback, subclasses=True, prepend=True)
     try:
         parser.instantiate_classes(parser.parse_object({"callbacks": trainer.get("callbacks") or []}))
-    except _Refused as refused:
-        raise RecipeError(f"the config of {name!r} cannot be used: {refused}") from None
+    except (_Refused, Exception) as error:
+        raise RecipeError(f"the config of {name!r} cannot be used: {error}") from None
 
 
 class _Refused(BaseException):

@@ -57,7 +57,7 @@ def _within(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The config with everything that a run writes in its own folder; runs side by side would mix it up."""
     trainer = {**config["trainer"], "default_root_dir": str(folder)}
     callbacks = [_moved(each, "dirpath", folder) for each in trainer.get("callbacks") or []]
-    saves = any(str(each.get("class_path", "")).endswith("ModelCheckpoint") for each in callbacks)
+    saves = any("Checkpoint" in str(each.get("class_path", "")) for each in callbacks)
     if not saves and trainer.get("enable_checkpointing") is None:
         trainer["enable_checkpointing"] = False  # nobody would look at one a run, and they are large
     trainer["callbacks"] = callbacks or None
