@@ -18,6 +18,7 @@ import yaml
 from lightning_recipes import cli
 from lightning_recipes.compare import command, engines, run
 from lightning_recipes.compare.plan import BASE, Budget, make_plan, mode_of, seeds_of
+from lightning_recipes.core.artefacts import Artefact
 from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, Watch, loader, mlp, quiet, same, samples, weights
 
@@ -182,7 +183,7 @@ def test_what_a_run_reads_has_the_key_of_its_folder(here):
     one = planned("recipes/aaer.yaml").of("aaer")[0]
     run.prepare(one)
     told = json.loads((one.folder / "run.json").read_text(encoding="utf-8"))
-    assert engines.Artefact(one.folder, "result", told["made_from"]).path == one.artefact.path
+    assert Artefact(one.folder, "result", told["made_from"]).path == one.artefact.path
     assert one.artefact.key[:16] in one.folder.name
 
 
