@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md: the tables of recipes, of evidence and of reproduced papers.
+"""Writes the generated parts of README.md: the tables of recipes, evidence, comparisons and reproduced papers.
 
 ``python -m benchmarks.readme`` rewrites them; ``--check`` only says whether they are up to date.
 """
@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.results import results_table
 from lightning_recipes.cli import recipes, table
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +48,7 @@ def paper_table() -> str:
 def filled(text: str) -> str:
     """README with its generated parts made anew."""
     parts = {"recipes": table(recipes(), markdown=True), "evidence": evidence_table(), "paper": paper_table()}
+    parts["results"] = results_table()
     for name, part in parts.items():
         pattern = rf"(<!-- {name}: .*? -->\n).*?(<!-- /{name} -->)"
         text, found = re.subn(pattern, lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text, flags=re.DOTALL)

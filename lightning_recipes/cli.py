@@ -1,7 +1,8 @@
 """The ``lightning-recipes`` command.
 
-``fit``, ``validate``, ``test`` and ``predict`` are a LightningCLI (:mod:`lightning_recipes.trainer_cli`); ``list`` and
-``show`` print what the recipes say about themselves. Nothing heavy is imported until a command needs it.
+``fit``, ``validate``, ``test`` and ``predict`` are a LightningCLI (:mod:`lightning_recipes.trainer_cli`), ``compare``
+stands in :mod:`lightning_recipes.compare`; ``list`` and ``show`` print what the recipes say about themselves. Nothing
+heavy is imported until a command needs it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ def main(args: Sequence[str] | None = None) -> int:
         from lightning_recipes.trainer_cli import run
 
         return run(args)
+    if args and args[0] == "compare":
+        from lightning_recipes.compare.command import run as compare
+
+        return compare(args[1:])
     parser = build_parser()
     if not args:
         parser.print_help()
@@ -84,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND")
     for name, summary in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
+    commands.add_parser("compare", help="does a recipe help, and what does it cost? with seeds", add_help=False)
     listing = commands.add_parser("list", help="a table of all recipes", description="Print a table of all recipes.")
     listing.add_argument("--markdown", action="store_true", help="print the table as Markdown, with links")
     show = commands.add_parser(
