@@ -14,6 +14,7 @@ import os
 import pydoc
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -296,7 +297,8 @@ def _check_callbacks(trainer: Mapping[str, Any], name: str) -> None:
     parser.add_argument("--callbacks", type=list[pl.Callback])
     parser.add_instantiator(build, pl.Callback, subclasses=True, prepend=True)
     try:
-        parser.instantiate_classes(parser.parse_object({"callbacks": trainer.get("callbacks") or []}))
+        given = deepcopy(trainer.get("callbacks") or [])  # jsonargparse puts its own objects into what it reads
+        parser.instantiate_classes(parser.parse_object({"callbacks": given}))
     except (_Refused, Exception) as error:
         raise RecipeError(f"the config of {name!r} cannot be used: {error}") from None
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.claim
 
 
 def test_single_step_training_does_not_collapse() -> None:
-    findings = experiment.check(measure(experiment, 2, arms=("without", "lambda3 2")))
+    findings = experiment.check(measure(experiment, 1, arms=("without", "lambda3 2")))
     assert len(findings) == 3
     missed = [str(finding) for finding in findings if not finding.holds]
     assert not missed, "\n".join(missed)
