@@ -31,7 +31,7 @@ import pages  # noqa: E402 - found by the lines above
 from pictures import PICTURES  # noqa: E402
 
 LINKS = {"CONTRIBUTING.md": "write-a-recipe.md", "README.md": "index.md"}
-"""Where a link to a file of the repository goes on the site."""
+"""Where a link to a file of the repository goes on the site; what is in docs/ is where it is."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -116,7 +116,7 @@ def include(what: str) -> str:
     text = re.sub(r"^<!-- .*? -->\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^   (?=\S)", "    ", text, flags=re.MULTILINE)  # what belongs to an item of a list
     text = text.replace(" ± ", "\u00a0±\u00a0")  # a figure and its spread stay on one line
-    return re.sub(r"\]\(([^)#:\s]+)\)", lambda m: f"]({LINKS.get(m[1], m[1])})", text)
+    return re.sub(r"\]\(([^)#:\s]+)\)", lambda m: f"]({LINKS.get(m[1], m[1].removeprefix('docs/'))})", text)
 
 
 def linked(markdown: str, here: str) -> str:
