@@ -11,13 +11,9 @@ Nothing below was chosen by what it gives on the images that are reported on; ``
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -33,6 +29,7 @@ from torchvision.transforms.v2 import Normalize
 from tqdm import tqdm
 
 from benchmarks.claims.training import Batches, seeded
+from benchmarks.papers.command import Command, missing, save
 from lightning_recipes.callbacks import AdaptiveSmoothing, RobustAccuracyMonitor
 from lightning_recipes.core.weights import load_weights
 from lightning_recipes.modules import AdaptiveSmoothingModule, CifarResNet, ImageClassifier, Mixer
@@ -165,27 +162,23 @@ def table(found: dict[str, dict[str, float]], count: int) -> str:
 
 def main(args: Iterable[str] | None = None) -> int:
     """Returns 1 where the data are missing."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.adaptive_smoothing", description=__doc__)
-    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help="to train on; default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--test", type=int, default=TEST, metavar="N", help="images to test on; default: %(default)s")
-    parser.add_argument("--mixer", type=Path, metavar="FILE", help="a mixing network to measure, or where to write it")
-    parser.add_argument("--held-out", action="store_true", help="measure on other test images")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
+    command = Command(RESULTS, __doc__)
+    command.add_argument("--images", type=int, default=IMAGES, metavar="N", help="to train on; default: %(default)s")
+    command.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help="default: %(default)s")
+    command.add_argument("--test", type=int, default=TEST, metavar="N", help="images to test on; default: %(default)s")
+    command.add_argument("--mixer", type=Path, metavar="FILE", help="a mixing network to measure, or where to write it")
+    command.add_argument("--held-out", action="store_true", help="measure on other test images")
+    parsed = command.parse(args)
     if parsed.images < BATCH or parsed.epochs < 1 or not 1 <= parsed.test <= 1000:
-        parser.error(f"--images must be at least {BATCH}, --epochs at least 1, --test from 1 to 1000")
+        command.error(f"--images must be at least {BATCH}, --epochs at least 1, --test from 1 to 1000")
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for real runs
     began = time.time()
     try:
         x, y = images("test")
         there = parsed.mixer is not None and parsed.mixer.is_file()
         mixer = Mixer.load(parsed.mixer) if there else train(parsed.images, parsed.epochs)
     except FileNotFoundError as error:
-        print(f"left out: {error}", file=sys.stderr)
-        return 1
+        return missing("left out", error)
     if parsed.mixer is not None and not there:
         mixer.save(parsed.mixer)
     seconds = time.time() - began
@@ -203,7 +196,7 @@ def main(args: Iterable[str] | None = None) -> int:
             "epsilon": round(EPSILON, 5),
             "arms": found,
         }
-        parsed.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        save(parsed.output, results)
     return 0
 
 

@@ -11,15 +11,11 @@ where the network comes to half of the test images, the claim does not show: wha
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import math
 import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -35,6 +31,7 @@ from tqdm import tqdm
 
 from benchmarks.claims.data_diet import train
 from benchmarks.claims.findings import deviation
+from benchmarks.papers.command import Command, load, missing, save
 from lightning_recipes.callbacks import DataDiet, PruneTrainSet
 from lightning_recipes.callbacks.data.data_diet import Scores, read_scores, suspicious
 from lightning_recipes.core.diagnostics import draw_images
@@ -196,31 +193,22 @@ def table(name: str, found: Mapping[str, object]) -> str:
 
 def main(args: Iterable[str] | None = None) -> int:
     """Returns 1 where the data are missing."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.data_diet", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="SET", help=f"of {', '.join(FILES)}; all if none is given")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="final runs; default: %(default)s")
-    parser.add_argument("--runs", type=int, default=RUNS, metavar="N", help="that are scored; default: %(default)s")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the hardest and easiest images there")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if unknown := [name for name in parsed.names if name not in FILES]:
-        parser.error(f"no set named {unknown[0]!r}; there are {', '.join(FILES)}")
-    if min(parsed.seeds, parsed.runs) < 1:
-        parser.error("--seeds and --runs must be at least 1")
+    command = Command(RESULTS, __doc__, seeds=SEEDS, names=FILES, noun="set")
+    command.add_argument("--runs", type=int, default=RUNS, metavar="N", help="that are scored; default: %(default)s")
+    command.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the hardest and easiest images there")
+    parsed = command.parse(args)
+    if parsed.runs < 1:
+        command.error(f"--runs must be at least 1; got {parsed.runs}")
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for real runs
-    results = json.loads(parsed.output.read_text(encoding="utf-8")) if parsed.output.is_file() else {}
-    for name in parsed.names or FILES:
+    results = load(parsed.output)
+    for name in parsed.names:
         began = time.time()
         try:
             results[name] = reproduce(name, parsed.seeds, parsed.runs, parsed.pictures)
         except FileNotFoundError as error:
-            print(f"{name} left out: {error}", file=sys.stderr)
-            return 1
+            return missing(f"{name} left out", error)
         print(f"\n{table(name, results[name])}\n{time.time() - began:.0f} s", flush=True)
-        text = json.dumps(results, indent=2, ensure_ascii=False)
-        parsed.output.write_text(text + "\n", encoding="utf-8")
+        save(parsed.output, results)
     return 0
 
 

@@ -14,12 +14,8 @@ same at every width: a wider student faces a wider teacher.
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -30,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.claims.findings import deviation
 from benchmarks.claims.generalization_dynamics import INR, SNR, path
+from benchmarks.papers.command import Command, save
 from lightning_recipes.callbacks.diagnostics.generalization_dynamics import (
     expected_test_error,
     marchenko_pastur,
@@ -115,16 +112,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path | None:
 
 
 def main(args: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.generalization_dynamics", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if parsed.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {parsed.seeds}")
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for real runs
+    parsed = Command(RESULTS, __doc__, seeds=SEEDS, picture=PICTURE).parse(args)
     began = time.time()
     results = {
         f"{alpha:g}": {"theory": theory(alpha), "simulation": simulation(alpha, parsed.seeds)}
@@ -132,8 +120,7 @@ def main(args: Iterable[str] | None = None) -> int:
     }
     print(f"\n{table(results)}\n{parsed.seeds} seeds, mean ± sd; {time.time() - began:.0f} s", flush=True)
     found = {"seeds": parsed.seeds, "n": N, "times": SHOWN, "alpha": results}
-    rounded = json.loads(json.dumps(found), parse_float=lambda value: round(float(value), 4))
-    parsed.output.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    save(parsed.output, found, 4)
     drawn = draw(results, parsed.picture)
     print(f"wrote {parsed.output}" + ("" if drawn is None else f" and {drawn}"), flush=True)
     return 0

@@ -12,15 +12,11 @@ chosen, on Fashion-MNIST and one seed; the test images were not looked at, and M
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import logging
 import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -37,6 +33,7 @@ from tqdm import tqdm
 from benchmarks.claims.findings import deviation
 from benchmarks.claims.lightweight_cnn import GROUPS, late_decay
 from benchmarks.claims.training import Batches, fit, seeded
+from benchmarks.papers.command import Command, load, missing, save
 from lightning_recipes.callbacks import ProgressiveUnfreezing
 from lightning_recipes.core.schedule import EveryN
 from lightning_recipes.datamodules.splits import stratified_split
@@ -190,36 +187,24 @@ def table(name: str, found: dict[str, dict[str, float]], seeds: int) -> str:
 
 def main(args: Iterable[str] | None = None) -> int:
     """Returns 1 where the data are missing."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.lightweight_cnn", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="SET", help=f"of {', '.join(PAPER)}; both if none is given")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--held-out", action="store_true", help="measure on a tenth of the training images")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if unknown := [name for name in parsed.names if name not in PAPER]:
-        parser.error(f"no set named {unknown[0]!r}; there are {', '.join(PAPER)}")
-    if parsed.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {parsed.seeds}")
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for real runs
-    results = json.loads(parsed.output.read_text(encoding="utf-8")) if parsed.output.is_file() else {}
-    for name in parsed.names or PAPER:
+    command = Command(RESULTS, __doc__, seeds=SEEDS, names=PAPER, noun="set")
+    command.add_argument("--held-out", action="store_true", help="measure on a tenth of the training images")
+    parsed = command.parse(args)
+    results = load(parsed.output)
+    for name in parsed.names:
         began, runs = time.time(), []
         try:
             for seed in tqdm(range(parsed.seeds), name, unit="seed"):
                 runs.append(run(name, seed, parsed.held_out))
         except FileNotFoundError as error:
-            print(f"{name} left out: {error}", file=sys.stderr)
-            return 1
+            return missing(f"{name} left out", error)
         found = summary(runs)
         print(f"\n{table(name, found, parsed.seeds)}\n{time.time() - began:.0f} s", flush=True)
         if not parsed.held_out:
             paper = {"accuracy": PAPER[name], "parameters": PAPER_PARAMETERS}
             count = len(images(name, False)[3])
             results[name] = {"test_images": count, "seeds": parsed.seeds, "paper": paper, "arms": found}
-            text = json.dumps(results, indent=2, ensure_ascii=False)
-            parsed.output.write_text(text + "\n", encoding="utf-8")
+            save(parsed.output, results)
     return 0
 
 

@@ -12,8 +12,6 @@ where features are as many as samples. The paper's figure is of 10,000 modes and
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -26,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.claims.findings import deviation
 from benchmarks.claims.overparameterization import MODES, NOISE, RIDGES, gaussian
+from benchmarks.papers.command import Command, save
 from lightning_recipes.core.ridge_theory import rf_risk
 
 SEEDS, FIXED = 10, 256
@@ -92,13 +91,7 @@ def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path | None:
 
 
 def main(args: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.overparameterization", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if parsed.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {parsed.seeds}")
+    parsed = Command(RESULTS, __doc__, seeds=SEEDS, picture=PICTURE).parse(args)
     began = time.time()
     results: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
     for kind, size in tqdm([(kind, size) for kind in KINDS for size in SIZES], unit="size"):
@@ -106,8 +99,7 @@ def main(args: Iterable[str] | None = None) -> int:
         results[kind][str(size)] = {"theory": theory(*place), "simulation": simulation(*place, parsed.seeds)}
     print(f"\n{table(results)}\n{parsed.seeds} seeds, mean ± sd; {time.time() - began:.0f} s", flush=True)
     found = {"seeds": parsed.seeds, "modes": MODES, "noise": NOISE, **results}
-    rounded = json.loads(json.dumps(found), parse_float=lambda value: round(float(value), 4))
-    parsed.output.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    save(parsed.output, found, 4)
     drawn = draw(results, parsed.picture)
     print(f"wrote {parsed.output}" + ("" if drawn is None else f" and {drawn}"), flush=True)
     return 0

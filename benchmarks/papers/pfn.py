@@ -11,12 +11,8 @@ that one forward pass takes for all data sets at once beside that of the exact p
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -30,6 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.claims.findings import deviation
 from benchmarks.claims.training import seeded
+from benchmarks.papers.command import Command, save
 from lightning_recipes.cli import config_folder
 from lightning_recipes.core.diagnostics import draw_curves
 from lightning_recipes.core.random import generator
@@ -160,15 +157,9 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def main(args: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.pfn", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, metavar="N", help="of 100 steps; default: the config's")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if parsed.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {parsed.seeds}")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for real runs
+    command = Command(RESULTS, __doc__, seeds=SEEDS)
+    command.add_argument("--epochs", type=int, metavar="N", help="of 100 steps; default: the config's")
+    parsed = command.parse(args)
     modules, runs, seconds = [], [], []
     for seed in tqdm(range(parsed.seeds), "training", unit="seed"):
         began = time.time()
@@ -187,7 +178,7 @@ def main(args: Iterable[str] | None = None) -> int:
         "training_seconds": round(mean(seconds)),
         "context": found,
     }
-    parsed.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    save(parsed.output, results)
     for path in draw(modules, prior, runs, parsed.output):
         print(f"drew {path}", flush=True)
     return 0

@@ -12,13 +12,9 @@ the first. Rates are those that were measured on digits when the method was firs
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -34,6 +30,7 @@ from tqdm import tqdm
 from benchmarks.claims.findings import deviation
 from benchmarks.claims.streams import through
 from benchmarks.claims.training import digits, seeded
+from benchmarks.papers.command import Command, load, missing, save
 from lightning_recipes.callbacks import GroupMask
 from lightning_recipes.datamodules.splits import balanced_share
 
@@ -154,20 +151,9 @@ def draw(
 
 def main(args: Iterable[str] | None = None) -> int:
     """Returns 1 where the data are missing."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.scole", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; {SETS[0]} if none is given")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if unknown := [name for name in parsed.names if name not in SETS]:
-        parser.error(f"no set named {unknown[0]!r}; there are {', '.join(SETS)}")
-    if parsed.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {parsed.seeds}")
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for real runs
-    results = json.loads(parsed.output.read_text(encoding="utf-8")) if parsed.output.is_file() else {}
-    for name in parsed.names or SETS[:1]:
+    parsed = Command(RESULTS, __doc__, seeds=SEEDS, names=SETS, noun="set", chosen=SETS[:1]).parse(args)
+    results = load(parsed.output)
+    for name in parsed.names:
         began = time.time()
         curves: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
         try:
@@ -175,13 +161,12 @@ def main(args: Iterable[str] | None = None) -> int:
             for seed, arm in tqdm([(s, a) for s in range(parsed.seeds) for a in ARMS], name, unit="run"):
                 curves[arm].append(run(name, seed, **ARMS[arm], after=AFTER))
         except FileNotFoundError as error:
-            print(f"{name} left out: {error}", file=sys.stderr)
-            return 1
+            return missing(f"{name} left out", error)
         found = summary(curves)
         print(f"\n{table(name, found, parsed.seeds, AFTER)}\n{time.time() - began:.0f} s", flush=True)
         draw(parsed.output.with_name(f"{parsed.output.stem}_{name}.png"), name, found, parsed.seeds, AFTER)
         results[name] = {"seeds": parsed.seeds, "tasks": list(AFTER), "arms": found}
-        parsed.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save(parsed.output, results)
     return 0
 
 

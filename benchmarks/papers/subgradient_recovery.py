@@ -14,13 +14,9 @@ The spread is the smallest and largest of the seeds, of matrix, measurements and
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
@@ -29,6 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.papers.command import Command, load, save
 from lightning_recipes.callbacks.adapters.subgm import (
     decay_for,
     small_factor,
@@ -144,24 +141,13 @@ def draw(figure: str, found: Mapping[str, Points], path: Path) -> Path | None:
 
 
 def main(args: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.subgradient_recovery", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="FIGURE", help=f"of {', '.join(FIGURES)}; both if none is given")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if unknown := [name for name in parsed.names if name not in FIGURES]:
-        parser.error(f"no figure named {unknown[0]!r}; there are {', '.join(FIGURES)}")
-    if parsed.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {parsed.seeds}")
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for real runs
-    results = json.loads(parsed.output.read_text(encoding="utf-8")) if parsed.output.is_file() else {}
-    for name in parsed.names or FIGURES:
+    parsed = Command(RESULTS, __doc__, seeds=SEEDS, names=FIGURES, noun="figure").parse(args)
+    results = load(parsed.output)
+    for name in parsed.names:
         began, found = time.time(), points(name, parsed.seeds)
         print(f"\n{table(name, found, parsed.seeds)}\n{time.time() - began:.0f} s", flush=True)
         results[name] = {"seeds": parsed.seeds, "curves": found}
-        parsed.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        save(parsed.output, results)
         picture = parsed.output.with_name(f"{parsed.output.stem}_{name}.png")
         if draw(name, found, picture) is not None:
             print(f"wrote {parsed.output} and {picture}", flush=True)

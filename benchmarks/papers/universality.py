@@ -17,9 +17,7 @@ samples; the networks are drawn once a width.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import sys
 import time
@@ -34,6 +32,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from benchmarks.claims.findings import deviation
+from benchmarks.papers.command import Command, save
 from lightning_recipes.callbacks.regularization.hypothesis_weight import regret_bound
 from lightning_recipes.core.random import generator
 from lightning_recipes.datamodules.boolean_task import RULES, all_inputs, draw_task
@@ -183,19 +182,12 @@ def draw(results: Mapping[str, Mapping[str, Any]], file: Path) -> Path | None:
 
 
 def main(args: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.universality", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=STREAMS, metavar="N", help="streams; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if parsed.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {parsed.seeds}")
+    parsed = Command(RESULTS, __doc__, seeds=STREAMS, picture=PICTURE).parse(args)
     began = time.time()
     results = run(parsed.seeds)
     print(f"\n{table_of(results)}\n{parsed.seeds} streams, mean ± sd; {time.time() - began:.0f} s", flush=True)
     found = {"seeds": parsed.seeds, "bits": BITS, "noise": NOISE, "width": results}
-    rounded = json.loads(json.dumps(found), parse_float=lambda value: round(float(value), 4))
-    parsed.output.write_text(json.dumps(rounded, indent=1) + "\n", encoding="utf-8")
+    save(parsed.output, found, 4)
     drawn = draw(results, parsed.picture)
     print(f"wrote {parsed.output}" + ("" if drawn is None else f" and {drawn}"), flush=True)
     return 0

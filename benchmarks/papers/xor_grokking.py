@@ -12,13 +12,9 @@ What is measured is what GrokkingMonitor sees; the spread is the standard deviat
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -28,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.claims.findings import deviation
 from benchmarks.claims.xor_grokking import train
+from benchmarks.papers.command import Command, load, save
 from lightning_recipes.core.diagnostics import draw_curves
 
 SEEDS = 5
@@ -85,26 +82,14 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
 
 
 def main(args: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.papers.xor_grokking", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="ARM", help=f"of {', '.join(ARMS)}; all if none is given")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--picture", type=Path, default=PICTURE, metavar="FILE", help="default: %(default)s")
-    parsed = parser.parse_args(args)
-    if unknown := [name for name in parsed.names if name not in ARMS]:
-        parser.error(f"no arm named {unknown[0]!r}; there are {', '.join(ARMS)}")
-    if parsed.seeds < 1:
-        parser.error(f"--seeds must be at least 1; got {parsed.seeds}")
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # advice for real runs
-    results = json.loads(parsed.output.read_text(encoding="utf-8")) if parsed.output.is_file() else {}
-    for name in parsed.names or ARMS:
+    parsed = Command(RESULTS, __doc__, seeds=SEEDS, names=ARMS, noun="arm", picture=PICTURE).parse(args)
+    results = load(parsed.output)
+    for name in parsed.names:
         began = time.time()
         found, verdicts = course(name, parsed.seeds)
         print(f"\n{table(name, found, parsed.seeds)}", *verdicts, f"{time.time() - began:.0f} s", sep="\n", flush=True)
         results[name] = {"seeds": parsed.seeds, **found}
-        parsed.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        save(parsed.output, results)
     ordered = {name: results[name] for name in ARMS if name in results}
     if draw(ordered, parsed.picture) is not None:
         print(f"wrote {parsed.output} and {parsed.picture}", flush=True)
