@@ -18,7 +18,7 @@ from lightning_recipes.core.features import Taps, head_input
 from lightning_recipes.core.head_fit import where_to_fit
 from lightning_recipes.core.probe import Samples, encode, samples_of
 from lightning_recipes.core.spectrum import WIDEST, Spectrum, Sums, spectrum
-from lightning_recipes.core.step import Replay, observe
+from lightning_recipes.core.step import Replay, check_observable, observe
 
 FEATURES = "features"
 HALF = (torch.bfloat16, torch.float16)
@@ -104,7 +104,7 @@ class Readout:
         kind: of the loss, once looked at; `outputs`, k, `width`, p, and `half`, whether features have half precision.
 
     Raises:
-        RecipeError: when there is no linear layer.
+        RecipeError: when there is no linear layer, and under manual optimization.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Readout:
         head: str | None = None,
         criterion: str | int | None = None,
     ) -> None:
+        check_observable(module, owner)
         self.owner, self.trainer, self.module, self.criterion = owner, trainer, module, criterion
         self.path, self.layer = head_input(module, head or "auto")
         self.kind: Kind = "other"

@@ -403,6 +403,19 @@ class StepSocket:
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
 
+def check_observable(module: pl.LightningModule, recipe: object) -> None:
+    """Refuse a module of which a recipe cannot :func:`observe` the step, in ``declare``, before anything has run.
+
+    Raises:
+        RecipeError: when the module takes its optimizer steps itself.
+    """
+    if not module.automatic_optimization:
+        raise RecipeError(
+            f"{type(recipe).__name__} runs the module's training step to look at it, and needs automatic optimization:"
+            " under manual optimization that step trains"
+        )
+
+
 def observe(
     trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, select: str | int | None = None
 ) -> Replay:

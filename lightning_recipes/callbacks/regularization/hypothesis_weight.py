@@ -56,7 +56,7 @@ from lightning_recipes.core.noise import add_noise_
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.probe import Samples, samples_at_hand, samples_of, some_of
 from lightning_recipes.core.recipe import Paper
-from lightning_recipes.core.step import observe
+from lightning_recipes.core.step import check_observable, observe
 
 HALVINGS = 12
 """Of the bracket of a radius, which is then known to a few parts in ten thousand."""
@@ -335,11 +335,8 @@ class HypothesisWeightMonitor(Monitor):
 
     def declare(self, plan: Plan) -> None:
         super().declare(plan)
-        if plan.fitting and not plan.module.automatic_optimization:
-            raise RecipeError(
-                "HypothesisWeightMonitor runs the module's training step to look at it, and needs automatic"
-                " optimization: under manual optimization that step trains"
-            )
+        if plan.fitting:
+            check_observable(plan.module, self)
 
     def begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._size = samples_at_hand(trainer).total
