@@ -55,6 +55,7 @@ REFUSED = {
     ("LangevinMixture", "BANG"): "both decide with which weights the network is evaluated",
     ("LangevinMixture", "BackdoorAdjustment"): "both replace the outputs at evaluation",
     ("LangevinMixture", "AdaptiveSmoothing"): "both replace the outputs at evaluation",
+    ("LangevinMixture", "SLCA"): "the samples would follow no one law",
 }
 AUTOMATIC = ["LangevinMixture", "HypothesisWeightMonitor"]
 OTHER = {"LangevinMixture": {"seed": 7}, "HypothesisWeightMonitor": {"eps": 0.02}}
