@@ -38,7 +38,7 @@ ROWS = [
 MEMBERS = {
     "MoreIsBetterMonitor": lambda: MoreIsBetterMonitor(probe_size=64),
     # features of some stacks hardly vary, and what rounding leaves of them a small ridge makes large in the layer
-    "RidgeRefit": lambda: RidgeRefit(ridges=[3e4]),
+    "RidgeRefit": lambda: RidgeRefit(ridges=[3e6]),
 }
 REFUSED = {
     **dict.fromkeys(
