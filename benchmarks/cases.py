@@ -399,6 +399,7 @@ CASES: dict[str, Case] = {
         lambda: [
             HypothesisWeightMonitor(n_probe=16, n_draws=2, every_n_steps=10, geometric_steps=False, budget=None),
         ],
+        monitors=True,
     ),
     # 32 samples more a step: a share that is counted, at a batch of 32, as a third of the run's work.
     "GrokkingMonitor, every step": Case(
@@ -469,6 +470,7 @@ CASES: dict[str, Case] = {
         lambda: [MoreIsBetterMonitor(probe_size=64, every_n_steps=10, geometric_steps=False)],
         loop=lambda net, batches, amp: loops.ridge_sweep(net, batches, amp),
         least=64,
+        monitors=True,
     ),
     # One pass over the training data at the end.
     "RidgeRefit": Case("resnet", lambda: [RidgeRefit()], lambda: [RidgeRefit(when="never")], least=64),
