@@ -9,6 +9,7 @@ alike.
 from __future__ import annotations
 
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,7 +273,7 @@ class _Run:
     passes: int = 0
 
 
-class Monitor(Recipe):
+class Monitor(Recipe, ABC):
     """A recipe that measures something after chosen optimizer steps, changes nothing, and says at the end what it saw.
 
     A subclass overrides :meth:`forwards`, :meth:`measure` and :meth:`conclude`, and where it needs to :meth:`begin` and
@@ -328,13 +329,13 @@ class Monitor(Recipe):
             RecipeError: for that.
         """
 
+    @abstractmethod
     def forwards(self, trainer: pl.Trainer) -> int:
         """How many samples the next measurement runs the network on, on all ranks together, each run counted."""
-        raise NotImplementedError(f"{type(self).__name__} must define forwards()")
 
+    @abstractmethod
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, float]:
         """Measure, silently; the same names every time, and the same values on every rank."""
-        raise NotImplementedError(f"{type(self).__name__} must define measure()")
 
     def samples_in(self, batch: Any) -> int:
         """How many samples a training batch of one process has, in the units of :meth:`forwards`."""
@@ -344,9 +345,9 @@ class Monitor(Recipe):
         """What follows from the history so far, to be logged beside the last measurement."""
         return {}
 
+    @abstractmethod
     def conclude(self) -> str:
         """What the history comes to, in a sentence or two."""
-        raise NotImplementedError(f"{type(self).__name__} must define conclude()")
 
     def picture(self, path: Path, title: str) -> None:
         """Draw what shows why."""

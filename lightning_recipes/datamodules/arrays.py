@@ -28,7 +28,7 @@ class ArrayDataModule(ImageDataModule):
     Args:
         path: the file; ``~`` and ``$VARIABLES`` are expanded.
         size: edge length that the images are resized to; None for as they are.
-        **kwargs: those of `ImageDataModule`: val_fraction, test_fraction, fraction, transform, batch_size, seed, ...
+        **kwargs: those of `PreparedImages`: val_fraction, test_fraction, fraction, transform, batch_size, seed, ...
     """
 
     def __init__(self, path: str, size: int | None = None, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -234,7 +235,7 @@ class OwnLoaders(OwnSets):
         super().setup(stage)
 
 
-class Derived(DataModule):
+class Derived(DataModule, ABC):
     """Samples of another data module, chosen or labelled anew; its splits, transforms and collation.
 
     A subclass fills the three sets in :meth:`derive`. The other's own loaders are not used.
@@ -278,6 +279,6 @@ class Derived(DataModule):
         self.class_names, self.collate = self.data.class_names, self.data.collate
         self.derive()
 
+    @abstractmethod
     def derive(self) -> None:
         """Fill ``train_set``, ``val_set`` and ``test_set`` from those of ``data``, which is set up; runs once."""
-        raise NotImplementedError(f"{type(self).__name__} must define derive()")

@@ -28,7 +28,7 @@ class DigitsDataModule(ImageDataModule):
 
     Args:
         size: edge length that the images are enlarged to, by repeating pixels; a multiple of 8.
-        **kwargs: those of `ImageDataModule`: val_fraction, test_fraction, fraction, transform, batch_size, seed, ...
+        **kwargs: those of `PreparedImages`: val_fraction, test_fraction, fraction, transform, batch_size, seed, ...
     """
 
     def __init__(self, size: int = 8, **kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from lightning_recipes.datamodules.arrays import read_npz
 from lightning_recipes.datamodules.base import find, require
 from lightning_recipes.datamodules.digits import DIGIT_NAMES, digit_images
-from lightning_recipes.datamodules.images import ImageDataModule, LabelledImages, as_nchw
+from lightning_recipes.datamodules.images import LabelledImages, PreparedImages, as_nchw
 from lightning_recipes.datamodules.samplers import DomainBalancedSampler
 from lightning_recipes.datamodules.splits import balanced_share, keyed_permutation, stratified_split
 
@@ -32,7 +33,7 @@ class Domains:
     domain: np.ndarray
 
 
-class LeaveDomainsOut(ImageDataModule):
+class LeaveDomainsOut(PreparedImages, ABC):
     """Trains on all domains but the held-out ones, with equal numbers of each in every batch.
 
     A training batch is ``per_domain`` images of each training domain, concatenated in the order of ``train_domains``,
@@ -48,7 +49,7 @@ class LeaveDomainsOut(ImageDataModule):
         steps_per_epoch: training batches in an epoch; None for one pass over the largest training domain.
         target_val: validate on the held-out domains too, in further loaders: to watch, never to choose by.
         val_fraction: share of each training domain held out for validation, by class.
-        **kwargs: those of `ImageDataModule` (``batch_size`` is that of validation and test).
+        **kwargs: those of `PreparedImages` (``batch_size`` is that of validation and test).
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class LeaveDomainsOut(ImageDataModule):
         self.target_sets: dict[str, LabelledImages] = {}
         self._train_indices: list[np.ndarray] = []
 
+    @abstractmethod
     def load_domains(self) -> Domains:
         """Reads the source; called once, in ``setup``, on every rank."""
-        raise NotImplementedError(f"{type(self).__name__} must define load_domains()")
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set is not None:

@@ -28,7 +28,7 @@ class ImageFolderDataModule(ImageDataModule):
         root: the folder; ``~`` and ``$VARIABLES`` are expanded.
         size: edge length that the images are resized to, without regard to their shape; None where all have one size
             or a transform crops them.
-        **kwargs: those of `ImageDataModule`: val_fraction, test_fraction, fraction, transform, batch_size, seed, ...
+        **kwargs: those of `PreparedImages`: val_fraction, test_fraction, fraction, transform, batch_size, seed, ...
     """
 
     def __init__(self, root: str, size: int | None = 224, **kwargs: Any) -> None:

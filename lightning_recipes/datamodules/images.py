@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,11 +137,10 @@ class ImageSets:
     test: LabelledImages | None = None
 
 
-class ImageDataModule(DataModule):
-    """Splits, class-balanced shares, transforms and normalisation over a source of images.
+class PreparedImages(DataModule):
+    """Transforms and normalisation of images, and the shares of them that are used; a subclass sets them up.
 
     Batches are ``(images, labels)``: float32 (N,C,H,W) in [0,1] (unless ``mean`` and ``std`` are given) and int64 (N,).
-    A subclass says in ``load`` where the images are.
 
     Args:
         val_fraction: share of the training images held out for validation, by class, where the source has no
@@ -179,9 +179,22 @@ class ImageDataModule(DataModule):
         self.mean = mean
         self.std = std
 
+    def for_training(self, images: LabelledImages) -> LabelledImages:
+        return images.prepared(self.train_transform or self.transform, self.mean, self.std)
+
+    def plain(self, images: LabelledImages | None) -> LabelledImages | None:
+        return None if images is None else images.prepared(self.transform, self.mean, self.std)
+
+
+class ImageDataModule(PreparedImages, ABC):
+    """Splits, class-balanced shares, transforms and normalisation over a source of images.
+
+    A subclass says in ``load`` where the images are. Arguments are those of `PreparedImages`.
+    """
+
+    @abstractmethod
     def load(self) -> ImageSets:
         """Reads the source; called once, in ``setup``, on every rank."""
-        raise NotImplementedError(f"{type(self).__name__} must define load()")
 
     def setup(self, stage: str | None = None) -> None:
         if self.train_set is not None:
@@ -191,9 +204,3 @@ class ImageDataModule(DataModule):
         train, val, test = cut(sets.train, sets.val, sets.test, *shares, seed=self.seed)
         self.class_names = sets.class_names
         self.train_set, self.val_set, self.test_set = self.for_training(train), self.plain(val), self.plain(test)
-
-    def for_training(self, images: LabelledImages) -> LabelledImages:
-        return images.prepared(self.train_transform or self.transform, self.mean, self.std)
-
-    def plain(self, images: LabelledImages | None) -> LabelledImages | None:
-        return None if images is None else images.prepared(self.transform, self.mean, self.std)

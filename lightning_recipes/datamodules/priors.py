@@ -15,6 +15,7 @@ The first and the third are Gaussian with known covariance, so the posterior pre
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -28,7 +29,7 @@ JITTER = 1e-6
 """On the diagonal where a covariance is factorised in single precision, on a device without fast fp64."""
 
 
-class Prior:
+class Prior(ABC):
     """Base of all priors; a subclass implements :meth:`sample` and may be named in YAML by its ``class_path``.
 
     Those here are dataclasses, so that a checkpoint can tell one from another. A prior holds no random state: all draws
@@ -38,6 +39,7 @@ class Prior:
     closed_form: ClassVar[bool] = False
     """Whether :meth:`posterior` is there."""
 
+    @abstractmethod
     def sample(
         self, n_tokens: int, batch: int, num_features: int, generator: Generator | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -52,7 +54,6 @@ class Prior:
         Returns:
             x float ``[T, B, F]`` and y float ``[T, B]``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define sample()")
 
     def posterior(self, x: Tensor, y: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """The exact posterior predictive, a normal distribution of every query alone.
@@ -106,9 +107,9 @@ class GaussianPrior(Prior):
     noise: float
     """Variance of the noise on the targets."""
 
+    @abstractmethod
     def kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """Covariance of function values: ``[B, n, F]`` and ``[B, m, F]`` to ``[B, n, m]``."""
-        raise NotImplementedError(f"{type(self).__name__} must define kernel()")
 
     def inputs(self, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
         """x, float64 of that shape; uniform on [0, 1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +88,6 @@ class TaskStream(Derived):
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         return self.evaluation_of(self.data.test_set)
 
+    @abstractmethod
     def evaluation_of(self, dataset: Any) -> DataLoader | list[DataLoader]:
         """The loaders of an evaluation on samples of that set; None for none."""
-        raise NotImplementedError(f"{type(self).__name__} must define evaluation_of()")

@@ -87,7 +87,7 @@ class TextDataModule(DataModule):
         max_length: most tokens of a text; the rest is cut off.
         text_field, label_field, split_field: names of the fields; split is one of train, val (dev, valid, validation),
             test.
-        val_fraction, test_fraction, fraction: as in `ImageDataModule`.
+        val_fraction, test_fraction, fraction: as in `PreparedImages`.
         **kwargs: those of `DataModule`: batch_size, num_workers, seed, ...
     """
 

@@ -52,7 +52,7 @@ class TorchvisionDataModule(ImageDataModule):
         root: the folder that torchvision keeps its data in; ``~`` and ``$VARIABLES`` are expanded.
         download: fetch what is missing (on one process of each machine, in ``prepare_data``).
         size: edge length that the images are resized to; needed where they differ in size and no transform crops them.
-        **kwargs: those of `ImageDataModule`: val_fraction, test_fraction, fraction, transform, batch_size, seed, ...
+        **kwargs: those of `PreparedImages`: val_fraction, test_fraction, fraction, transform, batch_size, seed, ...
 
     Raises:
         FileNotFoundError: the data are not under ``root``, or could not be downloaded.
