@@ -8,6 +8,7 @@ alike.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from lightning_recipes.core.batch import size_of
 from lightning_recipes.core.distributed import from_rank_zero, rank_and_world
-from lightning_recipes.core.errors import check_argument, speaking_for
+from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.evaluation import buffers_of_rank_zero
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Recipe
@@ -335,7 +336,12 @@ class Monitor(Recipe, ABC):
 
     @abstractmethod
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> Mapping[str, float]:
-        """Measure, silently; the same names every time, and the same values on every rank."""
+        """Measure, silently; the same names every time, and the same values on every rank.
+
+        Raises:
+            RecipeError: where there is nothing to measure, on every rank. It ends a fit at the first measurement only;
+                later the values are NaN, and the verdict says why.
+        """
 
     def samples_in(self, batch: Any) -> int:
         """How many samples a training batch of one process has, in the units of :meth:`forwards`."""
@@ -414,7 +420,13 @@ class Monitor(Recipe, ABC):
             run.skipped = [*run.skipped, now][:NAMED]
             return
         with speaking_for(self), buffers_of_rank_zero(trainer):
-            values = self.measure(trainer, module)
+            try:
+                values = self.measure(trainer, module)
+            except RecipeError as error:
+                if not self.history.steps:
+                    raise
+                self.limit(f"at step {now} {error}")  # nobody's training is to end for that
+                values = dict.fromkeys(self.history.values, math.nan)
         run.budget.looked += passes
         run.history.add(now, values)
         log_values(trainer, {f"{prefix(self)}/{name}": value for name, value in {**values, **self.derived()}.items()})

@@ -51,6 +51,56 @@ def numbers_of(seen: Replay) -> Tensor:
     return targets.reshape(n, -1).float()
 
 
+class Tally:
+    """What is counted of a probe as it passes, batch by batch, besides features and targets.
+
+    Args:
+        kind: of the loss.
+        device: one that has fp64.
+    """
+
+    def __init__(self, kind: Kind, device: torch.device) -> None:
+        self.kind = kind
+        self._squares = torch.zeros(2, dtype=torch.float64, device=device)  # of residuals, and their number
+        self._bad: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor, seen: Replay) -> None:
+        """Count in a batch: the readout's inputs ``[b, p]``, its targets ``[b, k]`` and what the loss got."""
+        self._bad.append(~x.isfinite().all())
+        if self.kind == "squares":
+            off = (seen.logits.detach().reshape(y.shape) - y).double().square()
+            self._squares[0] += off.sum()
+            self._squares[1] += off.numel()
+
+    def over_ranks(self) -> Tallied:
+        """The same on all of them, but for the first bad batch."""
+        first_bad = next((number for number, each in enumerate(self._bad) if bool(each)), None)
+        anywhere = bool(all_sum(torch.tensor(float(first_bad is not None), device=self._squares.device)))
+        off, count = all_sum(self._squares).tolist()
+        return Tallied(off / count if count else None, first_bad, anywhere)
+
+
+@dataclass(frozen=True)
+class Tallied:
+    """What a :class:`Tally` came to.
+
+    Attributes:
+        error: mean of the squares of the module's own residuals; None where its loss is not that mean.
+        first_bad: this rank's first batch with features that are not finite.
+        anywhere_bad: whether any rank has one.
+    """
+
+    error: float | None
+    first_bad: int | None
+    anywhere_bad: bool
+
+    def check(self) -> None:
+        """Raise RecipeError for features that are not finite."""
+        if self.anywhere_bad:
+            where = "of another rank" if self.first_bad is None else f"{self.first_bad} of the probe"
+            raise RecipeError(f"the readout's inputs are not finite; the first such batch is {where}")
+
+
 @dataclass(frozen=True)
 class Reading:
     """Inputs and targets of a readout on samples, on every rank the same.
@@ -59,18 +109,14 @@ class Reading:
         sums: of them, where there are more samples than features.
         x, y: they themselves elsewhere, ``[n, p]`` and ``[n, k]``.
         smallest: of the targets.
-        error: mean of the squares of the module's own residuals; None where its loss is not that mean.
-        first_bad: this rank's first batch with features that are not finite.
-        anywhere_bad: whether any rank has one.
+        tallied: what else there was to count.
     """
 
     sums: Sums | None
     x: Tensor | None
     y: Tensor | None
     smallest: float
-    error: float | None
-    first_bad: int | None
-    anywhere_bad: bool
+    tallied: Tallied
 
     def spectrum(self, centred: bool) -> Spectrum:
         """Their spectrum.
@@ -78,9 +124,7 @@ class Reading:
         Raises:
             RecipeError: for features that are not finite.
         """
-        if self.anywhere_bad:
-            where = "of another rank" if self.first_bad is None else f"{self.first_bad} of the probe"
-            raise RecipeError(f"the readout's inputs are not finite; the first such batch is {where}")
+        self.tallied.check()
         return spectrum(self.x, self.y, centred) if self.sums is None else self.sums.spectrum(centred)
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -168,19 +212,14 @@ class Readout:
         """Inputs and targets on samples, silently, in eval mode and in full precision. All ranks together."""
         device = where_to_fit(self.module)
         sums = Sums(self.width, self.outputs, device) if samples.total >= self.width else None
-        squares = torch.zeros(2, dtype=torch.float64, device=device)  # of residuals, and their number
-        bad: list[Tensor] = []
+        tally = Tally(self.kind, device)
 
         def run(batch: object, number: int) -> Tensor:
             seen = observe(self.trainer, self.module, batch, number, self.criterion)
             y, x = numbers_of(seen), self._taps[FEATURES].detach()
             if sums is not None:
                 sums.add(x, y)
-            bad.append(~x.isfinite().all())
-            if self.kind == "squares":
-                off = (seen.logits.detach().reshape(y.shape) - y).double().square()
-                squares[0] += off.sum()
-                squares[1] += off.numel()
+            tally.add(x, y, seen)
             return y
 
         kept = encode(
@@ -192,11 +231,7 @@ class Readout:
             full_precision=True,
         )
         self._taps.values.clear()
-        first_bad = next((number for number, each in enumerate(bad) if bool(each)), None)
-        anywhere = bool(all_sum(torch.tensor(float(first_bad is not None), device=device)))
-        least = float(kept.targets.min())
-        off, count = all_sum(squares).tolist()
-        error = off / count if count else None
+        least, tallied = float(kept.targets.min()), tally.over_ranks()
         if sums is not None:
-            return Reading(sums.over_ranks(), None, None, least, error, first_bad, anywhere)
-        return Reading(None, kept.features[FEATURES], kept.targets, least, error, first_bad, anywhere)
+            return Reading(sums.over_ranks(), None, None, least, tallied)
+        return Reading(None, kept.features[FEATURES], kept.targets, least, tallied)

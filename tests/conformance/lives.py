@@ -381,8 +381,8 @@ def together(row: Row, folder: Path) -> None:
     """All lives of a stack or a pair."""
     two_ranks(row, folder, epochs=2)
     uninterrupted(row, folder, epochs=2)
-    shorter = "PruneTrainSet" in row.name and "SLCA" in row.name  # epochs of part of one task's samples
-    killed(row, folder, [(random.Random(row.name).randint(2, 6 if shorter else 10), BATCH)], epochs=2)
+    steps = end_of(folder, row, "whole1")["steps"]  # and at least as many batches: some stacks leave few
+    killed(row, folder, [(min(random.Random(row.name).randint(2, 10), steps), BATCH)], epochs=2)
 
 
 if __name__ == "__main__":

@@ -74,13 +74,15 @@ def test_inputs_and_targets_of_the_last_layer_are_read_whether_they_are_kept_or_
     off = (h - h.mean(0)).double()
     expected = torch.linalg.eigvalsh(off.T @ off).flip(0)[: len(spectrum.eigenvalues)]
     assert torch.allclose(spectrum.eigenvalues, expected, atol=1e-5)
-    assert found.reading.error is None and found.reading.smallest == 0
+    assert found.reading.tallied.error is None and found.reading.smallest == 0
 
 
 def test_kinds_of_loss() -> None:
     squares = read(of("mse_loss")(wide(5)), X, NUMBERS)
     assert squares.readout.kind == "squares"
-    assert squares.reading.error == pytest.approx(float((Classifier(wide(5))(X) - NUMBERS).square().mean()), rel=1e-5)
+    assert squares.reading.tallied.error == pytest.approx(
+        float((Classifier(wide(5))(X) - NUMBERS).square().mean()), rel=1e-5
+    )
     assert read(of("huber_loss")(wide(5)), X, NUMBERS).readout.kind == "other"
     assert read(of("mse_loss", reduction="sum")(wide(5)), X, NUMBERS).readout.kind == "other"
     logits = read(of("binary_cross_entropy_with_logits")(wide(5)), X, (NUMBERS > 0.5).float())

@@ -47,14 +47,14 @@ from torch.optim import SGD, Optimizer
 
 from lightning_recipes.core import select
 from lightning_recipes.core.diagnostics import Monitor, draw_curves
-from lightning_recipes.core.distributed import all_sum, decided_on_rank_zero, rank_and_world
+from lightning_recipes.core.distributed import decided_on_rank_zero, rank_and_world
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.evaluation import apart, as_a_step_gets_it
 from lightning_recipes.core.features import Taps, head_input, part_of
 from lightning_recipes.core.head_fit import where_to_fit
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.probe import Samples, encode, samples_at_hand, samples_of, some_of
-from lightning_recipes.core.readout import kind_of, numbers_of
+from lightning_recipes.core.readout import Tally, kind_of, numbers_of
 from lightning_recipes.core.recipe import Paper
 from lightning_recipes.core.spectrum import WIDEST, Spectrum, Sums, spectrum
 from lightning_recipes.core.step import Replay, observe
@@ -617,8 +617,7 @@ class GeneralizationMonitor(Monitor):
             for name, width in widths.items()
             if probe.total >= width or name in self._tokens
         }
-        squares = torch.zeros(2, dtype=torch.float64, device=device)  # of residuals, and their number
-        bad: list[Tensor] = []
+        tally = Tally(self._kind, device)
 
         def run(batch: Any, number: int) -> Tensor:
             seen = observe(trainer, module, batch, number, self.criterion)
@@ -627,11 +626,7 @@ class GeneralizationMonitor(Monitor):
                 x = self._taps[name].detach()
                 if name in sums:
                     sums[name].add(x.flatten(0, -2), y if name == STUDENT else None)
-            bad.append(~self._taps[STUDENT].isfinite().all())
-            if self._kind == "squares":
-                off = (seen.logits.detach().reshape(y.shape) - y).double().square()
-                squares[0] += off.sum()
-                squares[1] += off.numel()
+            tally.add(self._taps[STUDENT].detach(), y, seen)
             return y
 
         kept = encode(
@@ -643,10 +638,8 @@ class GeneralizationMonitor(Monitor):
             full_precision=True,
         )
         self._taps.values.clear()
-        first_bad = next((number for number, each in enumerate(bad) if bool(each)), None)
-        anywhere = bool(all_sum(torch.tensor(float(first_bad is not None), device=device)))
+        tallied = tally.over_ranks()
         total = {name: each.over_ranks() for name, each in sums.items()}
-        off, count = all_sum(squares).tolist()
 
         def found(name: str, centred: bool) -> Spectrum:
             if name in total:
@@ -661,20 +654,12 @@ class GeneralizationMonitor(Monitor):
             return self._cached[name][1]
 
         def decide() -> tuple[dict[str, float], dict[str, list[float]], float]:
-            if anywhere:
-                where = "of another rank" if first_bad is None else f"{first_bad} of the probe"
-                raise RecipeError(f"the readout's inputs are not finite; the first such batch is {where}")
+            tallied.check()
             centred = self._layer(STUDENT).bias is not None or self._kind == "classes"
             samples = len(probe.loader.dataset)
-            return self._figures(found(STUDENT, centred), samples, off / count if count else None, inputs)
+            return self._figures(found(STUDENT, centred), samples, tallied.error, inputs)
 
-        try:
-            values, forecast, unit = decided_on_rank_zero(decide, trainer)
-        except RecipeError as error:
-            if not self.history.steps:
-                raise
-            self.limit(f"at step {trainer.global_step} {error}")  # nobody's training is to end for that
-            return dict.fromkeys(self.history.values, math.nan)
+        values, forecast, unit = decided_on_rank_zero(decide, trainer)
         self._forecast, self._unit, self._star = forecast, unit, values["t_star"]
         return values
 

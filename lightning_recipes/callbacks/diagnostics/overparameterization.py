@@ -312,15 +312,9 @@ class MoreIsBetterMonitor(Monitor):
 
         def decide() -> tuple[dict[str, float], dict[str, list[float]], bool]:
             found = reading.spectrum(readout.layer.bias is not None or readout.kind == "classes")
-            return self._figures(found, readout.width, len(probe.loader.dataset), reading.error)
+            return self._figures(found, readout.width, len(probe.loader.dataset), reading.tallied.error)
 
-        try:
-            values, self._curves, self._beyond = decided_on_rank_zero(decide, trainer)
-        except RecipeError as error:
-            if not self.history.steps:
-                raise
-            self.limit(f"at step {trainer.global_step} {error}")  # nobody's training is to end for that
-            return dict.fromkeys(self.history.values, math.nan)
+        values, self._curves, self._beyond = decided_on_rank_zero(decide, trainer)
         return values
 
     def _figures(
