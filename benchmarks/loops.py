@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -583,8 +583,10 @@ def watched(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int
         torch.stack(right).tolist()
 
 
-def forecast(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 64, every: int = 10) -> None:
-    """Eigenvalues of the features of some samples, and the labels along their directions, every few steps."""
+def features_every(
+    net: nn.Module, batches: Batches, amp: Amp, probe: int, every: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Train, and every few steps give the features of some samples and their one-hot labels, centred, in fp64."""
     optimizer, kept = AdamW(trained(net)), []
     for number, (x, y) in enumerate(batches, 1):
         net.train()
@@ -601,35 +603,24 @@ def forecast(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: in
         with torch.no_grad():
             h = torch.cat([net.forward_head(net.forward_features(images), pre_logits=True) for images, _ in kept])
             h, hot = h[:probe].double(), F.one_hot(torch.cat([labels for _, labels in kept])[:probe], 10).double()
-            h, hot = h - h.mean(0), hot - hot.mean(0)
-            values, vectors = torch.linalg.eigh((h @ h.T).cpu())
-            torch.stack([values.sum(), (vectors.T @ hot.cpu()).square().sum()]).tolist()
+        yield h - h.mean(0), hot - hot.mean(0)
+
+
+def forecast(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 64, every: int = 10) -> None:
+    """Eigenvalues of the features of some samples, and the labels along their directions, every few steps."""
+    for h, hot in features_every(net, batches, amp, probe, every):
+        values, vectors = torch.linalg.eigh((h @ h.T).cpu())
+        torch.stack([values.sum(), (vectors.T @ hot.cpu()).square().sum()]).tolist()
 
 
 def ridge_sweep(net: nn.Module, batches: Batches, amp: Amp = nullcontext, probe: int = 64, every: int = 10) -> None:
     """Cross-validation of ridge regression on the features of some samples at 31 ridges, every few steps."""
-    optimizer, kept = AdamW(trained(net)), []
-    for number, (x, y) in enumerate(batches, 1):
-        net.train()
-        with amp():
-            loss = F.cross_entropy(net(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if sum(map(len, (labels for _, labels in kept))) < probe:
-            kept.append((x, y))
-        if number % every:
-            continue
-        net.eval()
-        with torch.no_grad():
-            h = torch.cat([net.forward_head(net.forward_features(images), pre_logits=True) for images, _ in kept])
-            h, hot = h[:probe].double(), F.one_hot(torch.cat([labels for _, labels in kept])[:probe], 10).double()
-            h, hot = (h - h.mean(0)).cpu(), (hot - hot.mean(0)).cpu()
-            values, vectors = torch.linalg.eigh(h @ h.T)
-            ridges = torch.logspace(-6, 2, 31, dtype=torch.float64)[:, None] * values.mean()
-            left = ridges / (values.clamp_min(0) + ridges)
-            off = (left.square() @ (vectors.T @ hot).square().sum(1)) / (left.sum(1) - 1).square()
-            ridges[off.argmin()].item()
+    for h, hot in features_every(net, batches, amp, probe, every):
+        values, vectors = torch.linalg.eigh((h @ h.T).cpu())
+        ridges = torch.logspace(-6, 2, 31, dtype=torch.float64)[:, None] * values.mean()
+        left = ridges / (values.clamp_min(0) + ridges)
+        off = (left.square() @ (vectors.T @ hot.cpu()).square().sum(1)) / (left.sum(1) - 1).square()
+        ridges[off.argmin()].item()
 
 
 def normalized(net: nn.Module, batches: Batches, amp: Amp = nullcontext, lr: float = 0.01) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -219,6 +220,33 @@ def test_an_interrupted_fit_has_a_verdict_and_a_failed_setup_has_none() -> None:
     with pytest.raises(RuntimeError, match="no optimizer today"):
         quiet(callbacks=[monitor]).fit(Classifier(optimizer=refuse), loader(X, Y))
     assert monitor.verdict is None
+
+
+class Blind(Norm):
+    """Cannot measure after the steps of `blind`."""
+
+    blind = (0,)
+
+    def measure(self, trainer: Any, module: Any) -> dict[str, float]:
+        if trainer.global_step in self.blind:
+            raise RecipeError("the weights cannot be seen")
+        return super().measure(trainer, module)
+
+
+def test_a_first_measurement_that_cannot_be_made_ends_the_fit_and_a_later_one_is_a_limit() -> None:
+    with pytest.raises(RecipeError, match="^Blind: the weights cannot be seen"):
+        fit(Blind())
+    monitor = Blind()
+    monitor.blind = (2, 3)
+    assert fit(monitor).global_step == 12
+    assert [math.isnan(value) for value in monitor.history.values["norm"][:5]] == [False, False, True, True, False]
+    assert monitor.verdict.startswith("The norm is")
+    assert "At step 2 the weights cannot be seen." in monitor.verdict
+
+
+def test_a_monitor_that_says_nothing_of_what_it_measures_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract methods .*conclude.*forwards.*measure"):
+        type("Nothing", (Monitor,), {})()
 
 
 def test_loggers_that_take_texts_get_the_verdict() -> None:
