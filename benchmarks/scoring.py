@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cases import IMAGE_SIZE, NETWORKS, build
-from lightning_recipes.callbacks.data.data_diet import el2n, grand_last
+from lightning_recipes.callbacks.data.scores import el2n, grand_last
 from lightning_recipes.core.features import Taps, head_input
 from lightning_recipes.core.sample_gradients import SampleGradients
 from lightning_recipes.modules.cifar_resnet import CifarResNet

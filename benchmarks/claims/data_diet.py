@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import binary_auroc
 from benchmarks.claims.findings import Finding, Metrics, Results, compare
 from benchmarks.claims.training import accuracy, digits, fit, seeded
 from lightning_recipes.callbacks import DataDiet, PruneTrainSet
-from lightning_recipes.callbacks.data.data_diet import Scores, read_scores
+from lightning_recipes.callbacks.data.scores import Scores, read_scores
 
 RECIPE = "DataDiet"
 CLAIM = "Scored after a few epochs, the hardest part of a training set is the one to train on, and wrong labels show."

@@ -33,7 +33,7 @@ from benchmarks.claims.data_diet import train
 from benchmarks.claims.findings import deviation
 from benchmarks.papers.command import Command, load, missing, save
 from lightning_recipes.callbacks import DataDiet, PruneTrainSet
-from lightning_recipes.callbacks.data.data_diet import Scores, read_scores, suspicious
+from lightning_recipes.callbacks.data.scores import Scores, read_scores, suspicious
 from lightning_recipes.core.diagnostics import draw_images
 from lightning_recipes.modules import SmallCNN
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lightning_recipes.callbacks.data.bayes_error import estimate
-from lightning_recipes.callbacks.data.data_diet import el2n, prune_indices
+from lightning_recipes.callbacks.data.scores import el2n, prune_indices
 from lightning_recipes.core.bayes_error import bayes_error, max_abs_scaled
 from lightning_recipes.datamodules.priors import GPPrior
 from lightning_recipes.datamodules.unlearnable import linf, project_

@@ -13,8 +13,9 @@ from lightning_recipes.callbacks.continual.group_mask import GroupMask
 from lightning_recipes.callbacks.continual.slca import SLCA
 from lightning_recipes.callbacks.data.bayes_error import BayesErrorMonitor
 from lightning_recipes.callbacks.data.bayes_gap import BayesGapMonitor
-from lightning_recipes.callbacks.data.data_diet import DataDiet, PruneTrainSet
+from lightning_recipes.callbacks.data.data_diet import DataDiet
 from lightning_recipes.callbacks.data.in_context_prediction import InContextPrediction
+from lightning_recipes.callbacks.data.prune_train_set import PruneTrainSet
 from lightning_recipes.callbacks.diagnostics.generalization_dynamics import GeneralizationMonitor
 from lightning_recipes.callbacks.diagnostics.grokking import GrokkingMonitor
 from lightning_recipes.callbacks.diagnostics.overparameterization import MoreIsBetterMonitor, RidgeRefit

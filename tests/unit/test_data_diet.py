@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from lightning_recipes.callbacks import DataDiet, ExactResume, PruneTrainSet
-from lightning_recipes.callbacks.data.data_diet import (
+from lightning_recipes.callbacks.data.scores import (
     el2n,
     forget,
     forgetting,

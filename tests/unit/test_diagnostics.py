@@ -234,7 +234,7 @@ class Blind(Norm):
 
 
 def test_a_first_measurement_that_cannot_be_made_ends_the_fit_and_a_later_one_is_a_limit() -> None:
-    with pytest.raises(RecipeError, match="^Blind: the weights cannot be seen"):
+    with pytest.raises(RecipeError, match=r"^Blind: the weights cannot be seen"):
         fit(Blind())
     monitor = Blind()
     monitor.blind = (2, 3)
@@ -245,7 +245,7 @@ def test_a_first_measurement_that_cannot_be_made_ends_the_fit_and_a_later_one_is
 
 
 def test_a_monitor_that_says_nothing_of_what_it_measures_cannot_be_made() -> None:
-    with pytest.raises(TypeError, match="abstract methods .*conclude.*forwards.*measure"):
+    with pytest.raises(TypeError, match=r"abstract methods .*conclude.*forwards.*measure"):
         type("Nothing", (Monitor,), {})()
 
 

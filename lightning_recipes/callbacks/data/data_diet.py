@@ -1,20 +1,8 @@
-"""Data diet: find early which examples matter, and train on those.
+"""Data diet: find early which examples matter, for PruneTrainSet to train on.
 
 Paul, Ganguli, Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in Training", NeurIPS 2021
-(https://arxiv.org/abs/2107.07075; code https://github.com/mansheej/data_diet, commit aee462e). With logits f, p =
-softmax(f(x_i)), y_i one-hot, C classes, after a few epochs and in eval mode:
-
-    el2n         || p - y ||_2                                        in [0, sqrt 2]
-    grand        || d CE(f(x_i), y_i) / d theta ||_2                  over all trainable parameters
-    grand_last   the same over a last linear layer with bias: el2n sqrt(1 + || h ||^2), h its input
-    l1           || p - y ||_1
-    max_margin   max_{c != y} p_c - p_y                sum_margin     sum_{c != y} (p_c - p_y) = 1 - C p_y
-    forgetting   how often a training batch had an example wrong that an earlier one had right; inf if none ever had
-
-S_i is the mean over R independent runs (other first weights and another order; the authors advise at least 10). Of the
-ascending order of S the method keeps the last M (``keep_max``), over all classes together; a window that leaves out the
-hardest is for noisy labels, which score highest. Then a new network is trained on what is kept with AS MANY STEPS as on
-the whole set. Ties are broken by index, so that every process keeps the same.
+(https://arxiv.org/abs/2107.07075; code https://github.com/mansheej/data_diet, commit aee462e). The scores, and what is chosen
+by them, stand in ``callbacks/data/scores.py``.
 
 Of the paper one figure does not stand: GraNd at initialisation does not beat a random choice. Its code scored a trained
 network there (A. Kirsch, 2023, https://arxiv.org/abs/2303.14753). ``at_epoch=0`` is the truth, with a warning.
@@ -30,21 +18,31 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_recipes.callbacks.data.scores import (
+    OF_LOGITS,
+    PAPER,
+    SCORES,
+    Score,
+    each_cross_entropy,
+    el2n,
+    forget,
+    forgetting,
+    grand_last,
+    suspicious,
+)
 from lightning_recipes.core import random
-from lightning_recipes.core.artefacts import Artefact, Content, content_at, key_of
+from lightning_recipes.core.artefacts import Artefact, Content, key_of
 from lightning_recipes.core.batch import describe, get_input
 from lightning_recipes.core.criterion import wrap_named
-from lightning_recipes.core.data import SamplesKept
 from lightning_recipes.core.diagnostics import draw_images, is_picture, log_text, log_values, where_to_draw
 from lightning_recipes.core.distributed import active, decided_on_rank_zero, rank_and_world
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
@@ -54,251 +52,12 @@ from lightning_recipes.core.labels import as_indices, known_labels, labels_in, l
 from lightning_recipes.core.outputs import logits_in, part_of
 from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.probe import Samples, bar, encode, read, reads_anew, samples_of, training_samples
-from lightning_recipes.core.recipe import Paper, Recipe, StepRecipe
+from lightning_recipes.core.recipe import StepRecipe
 from lightning_recipes.core.sample_gradients import SampleGradients
 from lightning_recipes.core.sample_ids import SampleIds, root_of
 from lightning_recipes.core.sample_table import SampleTable, of_all_ranks
 from lightning_recipes.core.silence import silent
 from lightning_recipes.core.step import Step, observe
-
-Score = Literal["el2n", "grand", "grand_last", "l1", "max_margin", "sum_margin", "forgetting"]
-Mode = Literal["keep_max", "keep_min", "keep_max_abs", "keep_min_abs", "random", "offset"]
-SCORES: tuple[Score, ...] = get_args(Score)
-MODES: tuple[Mode, ...] = get_args(Mode)
-
-PAPER = Paper(
-    "Deep Learning on a Data Diet: Finding Important Examples Early in Training",
-    "M. Paul, S. Ganguli, G. K. Dziugaite",
-    2021,
-    "https://arxiv.org/abs/2107.07075",
-    "https://github.com/mansheej/data_diet",
-)
-
-
-# -- scores of logits ------------------------------------------------------------------------------------------------
-
-
-def el2n(logits: Tensor, targets: Tensor) -> Tensor:
-    """|| softmax(logits) - y ||_2.
-
-    Args:
-        logits: ``[n, classes]``; taken in fp32, as everywhere here.
-        targets: class indices ``[n]``, or probabilities ``[n, classes]``.
-
-    Returns:
-        ``[n]`` in [0, sqrt 2].
-
-    Raises:
-        RecipeError: for other shapes, and labels that the logits have no class for.
-    """
-    p, y = _probabilities(logits, targets)
-    return (p - y).norm(dim=1)
-
-
-def l1(logits: Tensor, targets: Tensor) -> Tensor:
-    """|| softmax(logits) - y ||_1, in [0, 2]."""
-    p, y = _probabilities(logits, targets)
-    return (p - y).abs().sum(1)
-
-
-def max_margin(logits: Tensor, targets: Tensor) -> Tensor:
-    """The largest probability of a wrong class minus that of the right one, in [-1, 1]."""
-    p, y = _probabilities(logits, targets)
-    right = y.argmax(1, keepdim=True)
-    return p.scatter(1, right, -1.0).amax(1) - p.gather(1, right)[:, 0]
-
-
-def sum_margin(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum over wrong classes of their probability minus that of the right one: 1 - C p_y, in [1 - C, 1]."""
-    p, y = _probabilities(logits, targets)
-    return 1 - p.shape[1] * p.gather(1, y.argmax(1, keepdim=True))[:, 0]
-
-
-def grand_last(logits: Tensor, targets: Tensor, features: Tensor, bias: bool = True) -> Tensor:
-    """Norm of the gradient of cross-entropy with respect to a last linear layer.
-
-    Args:
-        features: input of that layer ``[n, d]``.
-        bias: whether it has one.
-    """
-    squares = features.float().square().sum(1)
-    return el2n(logits, targets) * (squares + 1 if bias else squares).sqrt()
-
-
-def grand(
-    network: nn.Module,
-    args: tuple[Any, ...],
-    targets: Tensor,
-    kwargs: Mapping[str, Any] | None = None,
-    chunk: int | None = 32,
-) -> Tensor:
-    """Norm of every example's gradient of cross-entropy with respect to all trainable parameters.
-
-    No ``.grad`` is touched. The network's mode is the caller's business: in train mode batch norm makes an example's
-    gradient depend on its batch.
-
-    Args:
-        network: gives logits ``[n, classes]``, or an output that holds them under 'logits'.
-        args, kwargs: of its call; tensors whose first axis is n long are one entry an example, all else is shared.
-        targets: class indices ``[n]`` or probabilities ``[n, classes]``.
-        chunk: examples at once; None all.
-
-    Returns:
-        fp32 ``[n]``.
-    """
-    return SampleGradients(network, _each_cross_entropy, chunk).norms(args, targets, kwargs)
-
-
-def _each_cross_entropy(output: Any, targets: Tensor) -> Tensor:
-    logits = output if isinstance(output, Tensor) else logits_in(output)
-    return F.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def _probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    soft = targets.is_floating_point()
-    shape = logits.shape if soft else logits.shape[:1]
-    if logits.dim() != 2 or targets.shape != shape:
-        raise RecipeError(
-            f"needs logits [n, classes] and class indices [n] or probabilities [n, classes]; got {tuple(logits.shape)}"
-            f" and {tuple(targets.shape)}"
-        )
-    classes = logits.shape[1]
-    if not soft and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise RecipeError(f"the logits have {classes} classes and a label is {int(targets.max())}")
-    y = targets if soft else F.one_hot(targets, classes)
-    return logits.float().softmax(1), y.float()
-
-
-OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "el2n": el2n,
-    "l1": l1,
-    "max_margin": max_margin,
-    "sum_margin": sum_margin,
-}
-
-
-# -- forgetting ------------------------------------------------------------------------------------------------------
-
-
-def forget(rows: Tensor, correct: Tensor) -> Tensor:
-    """What is known of examples after they have been in a batch.
-
-    Args:
-        rows: before it ``[n, 3]``: whether classified correctly the last time, forgetting events, whether ever correct;
-            zeros for an example that was in none yet.
-        correct: bool ``[n]``.
-    """
-    before, events, ever = rows.unbind(1)
-    now = correct.to(rows.dtype)
-    return torch.stack([now, events + (before > now), torch.maximum(ever, now)], 1)
-
-
-def forgetting(rows: Tensor) -> Tensor:
-    """Forgetting events of rows as in :func:`forget`, ``[n]``; inf for an example that was never correct."""
-    return torch.where(rows[:, 2] > 0, rows[:, 1], torch.inf)
-
-
-# -- choosing --------------------------------------------------------------------------------------------------------
-
-
-def prune_indices(
-    scores: Tensor,
-    keep: int | float,
-    mode: Mode = "keep_max",
-    offset: int | float | None = None,
-    seed: int = 0,
-) -> Tensor:
-    """Which examples to train on.
-
-    Args:
-        scores: ``[n]``; inf is a score, nan is not.
-        keep: how many, or (a float) what share in (0, 1].
-        mode: 'keep_max' the highest scores, 'keep_min' the lowest, '..._abs' by absolute value, 'random' any, 'offset'
-            those from place `offset` on in ascending order.
-        offset: a place, or (a float) a share of n.
-        seed: of the random choice.
-
-    Returns:
-        ascending int64 indices. Among equal scores a later index counts as higher.
-
-    Raises:
-        RecipeError: when there are not so many, and for scores that are nan.
-    """
-    total = len(scores)
-    if scores.dim() != 1 or not total or bool(scores.isnan().any()):
-        raise RecipeError(f"scores must be numbers [n], none of them nan; got {tuple(scores.shape)}")
-    count = max(round(keep * total), 1) if isinstance(keep, float) else keep
-    if not 1 <= count <= total:
-        raise RecipeError(f"keep={keep!r} of {total} scores: must be a share in (0, 1] or from 1 to {total}")
-    if mode not in MODES:
-        raise RecipeError(f"mode must be one of {', '.join(map(repr, MODES))}; got {mode!r}")
-    if (mode == "offset") != (offset is not None):
-        raise RecipeError(f"offset goes with mode='offset'; got mode={mode!r}, offset={offset!r}")
-    if mode == "random":
-        return torch.randperm(total, generator=random.generator(seed, "PruneTrainSet"))[:count].sort().values
-    order = (scores.abs() if mode.endswith("_abs") else scores).cpu().argsort(stable=True)
-    if mode == "offset":
-        start = round(offset * total) if isinstance(offset, float) else offset
-        if start < 0 or start + count > total:
-            raise RecipeError(f"offset={offset!r} and keep={keep!r}: {start} + {count} are more than {total} scores")
-        return order[start : start + count].sort().values
-    chosen = order[total - count :] if mode.startswith("keep_max") else order[:count]
-    return chosen.sort().values
-
-
-def suspicious(scores: Tensor, count: int | float = 0.01) -> Tensor:
-    """The examples whose labels are most likely wrong: indices of the highest scores, the highest first.
-
-    Args:
-        scores: ``[n]``, by EL2N or another score that is high for what is hard.
-        count: how many, or (a float) what share.
-    """
-    count = max(round(count * len(scores)), 1) if isinstance(count, float) else count
-    return scores.cpu().argsort(descending=True, stable=True)[:count]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a file of scores holds.
-
-    Attributes:
-        score: which one.
-        at_epoch: epochs that a run had trained before.
-        runs: names of the runs.
-        values: fp32 ``[runs, n]``, in the order of the training set.
-        labels: int64 ``[n]``, that they were scored with.
-    """
-
-    score: str
-    at_epoch: int
-    runs: list[str]
-    values: Tensor
-    labels: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        """S, the mean over runs, in fp64 ``[n]``."""
-        return self.values.double().mean(0)
-
-    def suspicious(self, count: int | float = 0.01) -> Tensor:
-        """:func:`suspicious` of the mean."""
-        return suspicious(self.mean, count)
-
-
-def read_scores(path: str | Path) -> Scores:
-    """The scores in a file of DataDiet's, or in a folder that holds a single one.
-
-    Raises:
-        RecipeError: when there is none.
-    """
-    content = content_at(path)
-    try:
-        return Scores(**content)
-    except TypeError:
-        raise RecipeError(f"{path} holds no scores of DataDiet's but {', '.join(map(str, content))}") from None
-
-
-# -- scoring ---------------------------------------------------------------------------------------------------------
 
 
 class DataDiet(StepRecipe):
@@ -800,7 +559,7 @@ class _Reader:
     def _grand(self, seen: _Seen) -> Tensor:
         network = self.module.get_submodule(self._network)
         if self._gradients is None:
-            self._gradients = SampleGradients(network, _each_cross_entropy, self.recipe.grad_chunk)
+            self._gradients = SampleGradients(network, each_cross_entropy, self.recipe.grad_chunk)
         try:
             with silent(self.module):
                 return self._gradients.norms(seen.args, seen.targets.detach(), seen.kwargs)
@@ -850,153 +609,3 @@ def _quantiles(values: Tensor, at: Sequence[float]) -> list[float]:
     """By the nearest rank; ``torch.quantile`` takes no more than 16 million values."""
     ordered = values.sort().values
     return [float(ordered[round(q * (len(ordered) - 1))]) for q in at]
-
-
-# -- pruning ---------------------------------------------------------------------------------------------------------
-
-
-class PruneTrainSet(Recipe):
-    """Train on the part of the training set that the scores say matters.
-
-    Whatever the data module or the loader, and with its own kind of sampler: samples are left out before anybody asks
-    how many steps the fit has. Validation and test data stay whole. Logs ``prune_train_set/kept`` and, up to 100
-    classes, ``kept_of_class_<c>``.
-
-    An epoch of fewer samples has fewer steps. The paper trains as many steps as on the whole set: give the Trainer
-    ``max_steps`` and let schedules go by steps.
-
-    Args:
-        scores: a file of DataDiet's or a folder that holds a single one (the mean over its runs is taken), or one
-            number a training sample in the order of the training set; None for mode 'random'.
-        keep: how many samples, or (a float) what share; 1.0 changes nothing.
-        mode: 'keep_max' the highest scores, which is the method, 'keep_min' the lowest, '..._abs' by absolute value for
-            the margins, 'random', or 'offset' a window of the ascending order.
-        offset: where the window begins: a place, or (a float) a share. It leaves out what stands above its end, for
-            noisy labels: offset=0.4, keep=0.5 leaves out the hardest tenth.
-        seed: of the random choice.
-
-    Raises:
-        RecipeError: for bad arguments and files; before training, for scores of another data set, training data of
-            which no part can be taken, and a resume with another choice.
-    """
-
-    paper = PAPER
-    does = "Trains on the most important part of the training set, by a file of scores."
-    use_when = (
-        "You have scores from DataDiet and want shorter epochs or less noise. Keep the hardest only where the network"
-        " learns the task well; elsewhere as many at random are better."
-    )
-    costs = "Nothing; an epoch is as much shorter as samples are left out."
-    refuses: ClassVar[Mapping[str, str]] = {
-        "DataDiet": "scores of a part of the training set are those of no whole one; score in a run of its own"
-    }
-    free_on_resume = frozenset({"scores"})  # the choice is compared instead: a file may move, and may not change it
-
-    def __init__(
-        self,
-        scores: str | Sequence[float] | Tensor | None = None,
-        keep: int | float = 0.5,
-        mode: Mode = "keep_max",
-        offset: int | float | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        share = isinstance(keep, float)
-        ok = not isinstance(keep, bool) and (0 < keep <= 1 if share else keep >= 1)
-        check_argument(ok, self, "keep", keep, "a share in (0, 1], or how many, at least 1")
-        check_argument(mode in MODES, self, "mode", mode, f"one of {', '.join(map(repr, MODES))}")
-        window = offset is not None and offset >= 0 and (not isinstance(offset, float) or offset < 1)
-        ok = window if mode == "offset" else offset is None
-        check_argument(
-            ok, self, "offset", offset, "a place of at least 0 or a share in [0, 1), for mode='offset' alone"
-        )
-        check_argument(scores is not None or mode == "random", self, "scores", scores, "given, but for mode='random'")
-        self.scores, self.keep, self.mode, self.offset, self.seed = scores, keep, mode, offset, seed
-        self._forget()
-
-    def _forget(self) -> None:
-        self.kept: Tensor | None = None
-        """Ascending indices of the samples in the training set that are trained on, once it is known."""
-        self._values: Tensor | None = None
-        self._labels: Tensor | None = None  # that the file's scores belong to
-        self._key = ""  # of the choice
-        self._histogram: dict[str, float] = {}
-
-    @property
-    def neutral(self) -> bool:
-        return isinstance(self.keep, float) and self.keep == 1
-
-    def declare(self, plan: Plan) -> None:
-        if not plan.fitting:
-            return
-        self._forget()
-        plan.at_end(self._finish)
-        if isinstance(self.scores, str):
-            with speaking_for(self):
-                found = decided_on_rank_zero(lambda: read_scores(self.scores), plan.trainer)
-            self._values, self._labels = found.mean, found.labels
-        elif self.scores is not None:
-            self._values = torch.as_tensor(self.scores, dtype=torch.float64).cpu()
-        if self._values is not None:
-            with speaking_for(self):
-                self._choose(len(self._values))
-        if plan.section is not None:
-            self._key = plan.section["state"]["key"]
-        plan.install(SamplesKept(plan.trainer, self, lambda dataset: self._of(dataset, plan.trainer)))
-
-    def _finish(self) -> None:
-        self._values = self._labels = None
-
-    def _choose(self, total: int) -> Tensor:
-        values = torch.zeros(total) if self._values is None else self._values
-        return prune_indices(values, self.keep, self.mode, self.offset, self.seed)
-
-    def _of(self, dataset: Any, trainer: pl.Trainer) -> list[int]:
-        total = len(dataset)
-        if self._values is not None and len(self._values) != total:
-            raise RecipeError(
-                f"there are {len(self._values)} scores and {total} training samples: the scores belong to another data"
-                " set or split"
-            )
-        labels = known_labels(dataset)
-        if self._labels is not None and labels is not None:
-            differ = int((labels != self._labels).sum())
-            if differ > total / 2:
-                raise RecipeError(
-                    f"{differ} of {total} labels are not those that were scored: the scores belong to another data set,"
-                    " split or order"
-                )
-            if differ:
-                rank_zero_info(f"PruneTrainSet: {differ} labels have changed since their samples were scored")
-        kept = self._choose(total)
-        key = key_of([total, kept])
-        if self._key not in ("", key):
-            raise RecipeError(
-                "the scores choose other samples than in the run of the checkpoint: its file of scores, or the training"
-                " set, has changed. Resume with those of the checkpoint, or start a new fit from its weights"
-            )
-        if self.kept is None:
-            self._tell(trainer, total, len(kept))
-        self.kept, self._key = kept, key
-        labels = self._labels if labels is None else labels
-        self._histogram = {"kept": float(len(kept))}
-        if labels is not None and int(labels.max()) < 100:
-            counts = torch.bincount(labels[kept], minlength=int(labels.max()) + 1).tolist()
-            self._histogram |= {f"kept_of_class_{c}": float(n) for c, n in enumerate(counts)}
-        return kept.tolist()
-
-    def _tell(self, trainer: pl.Trainer, total: int, kept: int) -> None:
-        rank_zero_info(f"PruneTrainSet: {kept} of {total} training samples are kept ({self.mode})")
-        if trainer.max_steps == -1 and trainer.max_epochs not in (None, -1):
-            rank_zero_warn(
-                f"PruneTrainSet: {trainer.max_epochs} epochs over {kept} of {total} samples are fewer steps than over"
-                " all, which makes a pruned set look worse than it is; give Trainer(max_steps=...) those of the full"
-                " run, with max_epochs=-1 and schedules by step"
-            )
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.kept is not None:
-            log_values(trainer, {f"prune_train_set/{name}": value for name, value in self._histogram.items()})
-
-    def state(self) -> dict[str, Any]:
-        return {"key": self._key}
