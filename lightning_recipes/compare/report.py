@@ -29,7 +29,7 @@ from lightning_recipes.compare.statistics import (
     ratio,
     seeds_needed,
 )
-from lightning_recipes.core.artefacts import Content
+from lightning_recipes.core.artefacts import Content, written_whole
 from lightning_recipes.core.errors import RecipeError
 
 Values = dict[int, float]
@@ -672,6 +672,5 @@ def _save_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = dict.fromkeys(name for row in rows for name in row)
     if columns:
         table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
-        part = path.with_name(f"{path.name}.part")
-        pyarrow.parquet.write_table(table, part)
-        part.replace(path)
+        with written_whole(path, sync=False) as file:
+            pyarrow.parquet.write_table(table, file)

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_recipes.cli import PROG
 from lightning_recipes.compare.plan import Run
-from lightning_recipes.core.artefacts import Artefact, Content
+from lightning_recipes.core.artefacts import Artefact, Content, written_whole
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.loader import when_made
 from lightning_recipes.core.random import generator, key
@@ -79,12 +79,8 @@ def _moved(part: Any, name: str, folder: Path) -> Any:
 
 def write(path: Path, text: str) -> None:
     """Write a text whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(path, sync=False) as file:
+        file.write(text.encode("utf-8"))
 
 
 # -- the data order --------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -109,20 +110,33 @@ class Artefact:
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # of this machine's process: several machines may write on one disk
-        part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
-                torch.save({"key": self.key, "content": dict(content)}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with written_whole(path) as file:
+            torch.save({"key": self.key, "content": dict(content)}, file)
 
     def _alone(self) -> FileLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path.with_suffix(".lock"))
+
+
+@contextmanager
+def written_whole(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """A file to write, that takes its place whole when it is written, or is not there.
+
+    Args:
+        path: of the file; its folder exists.
+        sync: bring it to the disk first, so that it outlives a machine that goes down too.
+    """
+    # of this machine's process: several machines may write on one disk
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def content_at(path: str | os.PathLike) -> Content:

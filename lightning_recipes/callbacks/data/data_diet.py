@@ -1,8 +1,8 @@
 """Data diet: find early which examples matter, for PruneTrainSet to train on.
 
 Paul, Ganguli, Dziugaite, "Deep Learning on a Data Diet: Finding Important Examples Early in Training", NeurIPS 2021
-(https://arxiv.org/abs/2107.07075; code https://github.com/mansheej/data_diet, commit aee462e). The scores, and what is chosen
-by them, stand in ``callbacks/data/scores.py``.
+(https://arxiv.org/abs/2107.07075; code https://github.com/mansheej/data_diet, commit aee462e). The scores, and what is
+chosen by them, stand in ``callbacks/data/scores.py``.
 
 Of the paper one figure does not stand: GraNd at initialisation does not beat a random choice. Its code scored a trained
 network there (A. Kirsch, 2023, https://arxiv.org/abs/2303.14753). ``at_epoch=0`` is the truth, with a warning.

@@ -193,7 +193,7 @@ class LangevinMixture(Recipe):
             ("BackdoorAdjustment", "AdaptiveSmoothing", "EnsembleEvaluation"),
             "both replace the outputs at evaluation",
         ),
-        "SLCA": "its tasks change the data and its alignment the classifier, and the samples would follow no one law",
+        "SLCA": "it takes back what moves the rows of other tasks, noise too, and the samples would follow no one law",
         "StrongWeightDecay": "weight decay is a prior too, and there is one",
     }
 
