@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from lightning_recipes.cli import PROG
 from lightning_recipes.compare.plan import Plan, Run
-from lightning_recipes.core.artefacts import Content
+from lightning_recipes.core.artefacts import Content, write_text
 from lightning_recipes.core.errors import RecipeError
 
 LAST_LINES = 12
@@ -54,8 +54,6 @@ def launch(folder: Path, environment: Mapping[str, str], where: str | None = Non
 
 def settle(folder: Path, code: int) -> None:
     """Say in the folder of a run that has ended how it failed, if it did."""
-    from lightning_recipes.compare.run import write
-
     (folder / "progress.json").unlink(missing_ok=True)
     if code == 0:
         return
@@ -68,7 +66,7 @@ def settle(folder: Path, code: int) -> None:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
         what = f"it was ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     with contextlib.suppress(OSError):  # on a full disk the run is only missing
-        write(folder / "failed.json", json.dumps({"what": what, "lines": lines[-LAST_LINES:]}))
+        write_text(folder / "failed.json", json.dumps({"what": what, "lines": lines[-LAST_LINES:]}))
 
 
 def run_in_folder(folder: str, environment: Mapping[str, str], where: str) -> int:
@@ -291,10 +289,8 @@ def resources_of(cluster: Mapping[str, float], jobs: int) -> dict[str, int]:
 
 
 def _note_lost(run: Run, error: Exception) -> None:
-    from lightning_recipes.compare.run import write
-
     told = {"what": "Ray lost it", "lines": str(error).splitlines()[-LAST_LINES:]}
-    write(run.folder / "failed.json", json.dumps(told))
+    write_text(run.folder / "failed.json", json.dumps(told))
 
 
 # -- SLURM -----------------------------------------------------------------------------------------------------------
@@ -309,8 +305,6 @@ def write_slurm(plan: Plan, indices: Sequence[int], jobs: int, command: Sequence
     Returns:
         its path.
     """
-    from lightning_recipes.compare.run import write
-
     again = shlex.join([sys.executable, "-m", "lightning_recipes.cli", *command, "--engine", "local"])
     out = plan.out.resolve()
     lines = [
@@ -324,7 +318,7 @@ def write_slurm(plan: Plan, indices: Sequence[int], jobs: int, command: Sequence
         f'exec {again} --only "$SLURM_ARRAY_TASK_ID"',
     ]
     path = plan.out / "compare.sbatch"
-    write(path, "\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -19,7 +19,6 @@ from typing import Any
 from lightning_recipes.compare import charts
 from lightning_recipes.compare.engines import failure, result
 from lightning_recipes.compare.plan import BASE, Plan
-from lightning_recipes.compare.run import write
 from lightning_recipes.compare.statistics import (
     Difference,
     Estimate,
@@ -29,7 +28,7 @@ from lightning_recipes.compare.statistics import (
     ratio,
     seeds_needed,
 )
-from lightning_recipes.core.artefacts import Content, written_whole
+from lightning_recipes.core.artefacts import Content, write_text, written_whole
 from lightning_recipes.core.errors import RecipeError
 
 Values = dict[int, float]
@@ -646,19 +645,19 @@ def save(report: Report) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     pictures = {}
     if picture := cost_picture(report, alone=True):
-        write(out / "cost.svg", picture)
+        write_text(out / "cost.svg", picture)
         pictures["Quality against cost"] = "cost.svg"
     for number, (name, picture) in enumerate(curve_pictures(report, alone=True).items()):
-        write(out / f"curve-{number}.svg", picture)
+        write_text(out / f"curve-{number}.svg", picture)
         pictures[f"Learning curve: {name}"] = f"curve-{number}.svg"
-    write(out / "report.md", markdown(report, pictures))
+    write_text(out / "report.md", markdown(report, pictures))
     runs, curves = records(report.plan), curve_records(report.plan)
-    write(out / "runs.csv", as_csv(runs))
-    write(out / "curves.csv", as_csv(curves))
-    write(out / "summary.json", json.dumps(summary(report), indent=1))
+    write_text(out / "runs.csv", as_csv(runs))
+    write_text(out / "curves.csv", as_csv(curves))
+    write_text(out / "summary.json", json.dumps(summary(report), indent=1))
     _save_parquet(out / "runs.parquet", runs)
     _save_parquet(out / "curves.parquet", curves)
-    write(out / "report.html", html(report))
+    write_text(out / "report.html", html(report))
     return out / "report.html"
 
 

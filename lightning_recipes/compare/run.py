@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_recipes.cli import PROG
 from lightning_recipes.compare.plan import Run
-from lightning_recipes.core.artefacts import Artefact, Content, written_whole
+from lightning_recipes.core.artefacts import Artefact, Content, write_text
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.loader import when_made
 from lightning_recipes.core.random import generator, key
@@ -48,9 +48,9 @@ def prepare(run: Run) -> None:
     """Write what the process of a run reads: ``run.json``, and ``config.yaml`` for ``fit --config`` by hand too."""
     run.folder.mkdir(parents=True, exist_ok=True)
     config = _within(run.config, run.folder.resolve())
-    write(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_text(run.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     # the key is made of what is read here: JSON keeps whole numbers and others apart
-    write(run.folder / "run.json", json.dumps({"name": run.name, "seed": run.seed, "made_from": run.made_from}))
+    write_text(run.folder / "run.json", json.dumps({"name": run.name, "seed": run.seed, "made_from": run.made_from}))
 
 
 def _within(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -75,12 +75,6 @@ def _moved(part: Any, name: str, folder: Path) -> Any:
     if not isinstance(where, str) or "://" in where:
         return part
     return {**part, "init_args": {**part["init_args"], name: str(folder / where)}}
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text whole or not at all."""
-    with written_whole(path, sync=False) as file:
-        file.write(text.encode("utf-8"))
 
 
 # -- the data order --------------------------------------------------------------------------------------------------
@@ -219,7 +213,7 @@ class Measure(pl.Callback):
             return
         done = {"step": trainer.global_step, "epoch": trainer.current_epoch, "share": share_done(trainer, batch_idx)}
         with contextlib.suppress(OSError):  # a full disk says so where it matters
-            write(self.folder / "progress.json", json.dumps(done))
+            write_text(self.folder / "progress.json", json.dumps(done))
 
     def step_seconds(self) -> float:
         """Mean of a training step; 0 where there were no two in a row."""

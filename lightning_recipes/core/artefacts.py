@@ -139,6 +139,12 @@ def written_whole(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all; what a machine that goes down loses of it can be written again."""
+    with written_whole(path, sync=False) as file:
+        file.write(text.encode("utf-8"))
+
+
 def content_at(path: str | os.PathLike) -> Content:
     """The content of an artefact's file, for somebody who has its path and not what it was made from.
 
