@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.claims.findings import Finding, Metrics, Results
 from benchmarks.claims.training import seeded
 from lightning_recipes.callbacks import GeneralizationMonitor
-from lightning_recipes.callbacks.diagnostics.generalization_dynamics import expected_test_error, marchenko_pastur
+from lightning_recipes.core.linear_dynamics import expected_test_error, marchenko_pastur
 from lightning_recipes.datamodules import StudentTeacherDataModule
 from lightning_recipes.modules import LinearStudent
 from lightning_recipes.modules.linear_student import true_test_error

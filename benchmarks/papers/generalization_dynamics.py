@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.claims.findings import deviation
 from benchmarks.claims.generalization_dynamics import INR, SNR, path
 from benchmarks.papers.command import Command, save
-from lightning_recipes.callbacks.diagnostics.generalization_dynamics import (
+from lightning_recipes.core.linear_dynamics import (
     expected_test_error,
     marchenko_pastur,
     optimal_stopping_time,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lightning_recipes.callbacks.diagnostics.generalization_dynamics import edges, marchenko_pastur
+from lightning_recipes.core.linear_dynamics import edges, marchenko_pastur
 from lightning_recipes.core.random import generator
 from lightning_recipes.datamodules.boolean_task import all_inputs, draw_task
 from lightning_recipes.datamodules.gaussian_rf import GaussianRFDataModule

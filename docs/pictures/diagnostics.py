@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_recipes.callbacks.diagnostics.generalization_dynamics import (
+from lightning_recipes.core.linear_dynamics import (
     expected_test_error,
     expected_train_error,
     marchenko_pastur,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lightning_recipes.callbacks.adapters.subgm import decay_for, subgradient, subgradient_step
-from lightning_recipes.callbacks.diagnostics.generalization_dynamics import mode_weights
+from lightning_recipes.core.linear_dynamics import mode_weights
 from lightning_recipes.core.ridge_theory import ridge_readout
 from lightning_recipes.core.spectrum import spectrum
 from lightning_recipes.datamodules.matrix_sensing import low_rank

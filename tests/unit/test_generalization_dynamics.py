@@ -13,7 +13,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
 from lightning_recipes.callbacks import GeneralizationMonitor
-from lightning_recipes.callbacks.diagnostics.generalization_dynamics import (
+from lightning_recipes.callbacks.diagnostics.generalization_dynamics import words
+from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.linear_dynamics import (
     Law,
     complexity,
     edges,
@@ -33,9 +35,7 @@ from lightning_recipes.callbacks.diagnostics.generalization_dynamics import (
     ridge_test_error,
     signal_and_noise,
     stable_rate,
-    words,
 )
-from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.spectrum import spectrum
 from lightning_recipes.datamodules import DigitsDataModule, StudentTeacherDataModule
 from lightning_recipes.modules import LinearStudent
