@@ -74,8 +74,8 @@ class LoRA(nn.Module):
         width = fused.in_features
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
         for role in roles:
-            self.a[role] = torch.empty(groups * rank, width)
-            self.b[role] = torch.zeros(width, groups * rank)
+            self.a[role] = torch.empty(groups * rank, width, device=fused.weight.device)
+            self.b[role] = torch.zeros(width, groups * rank, device=fused.weight.device)
             nn.init.kaiming_uniform_(self.a[role], math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def networks(device: str) -> Iterator[tuple[str, nn.Module, tuple[int, ...], int
     yield "MLP 64-128-10 (the claim's)", narrow, (1, 8, 8), 256
     yield "ResNet-20 for CIFAR", CifarResNet(20), (3, 32, 32), 32
     for name in ("resnet", "vit"):
-        yield NETWORKS[device][name][0], build(name), (3, IMAGE_SIZE[device], IMAGE_SIZE[device]), 32
+        yield NETWORKS[device][name][0], build(name, device), (3, IMAGE_SIZE[device], IMAGE_SIZE[device]), 32
 
 
 def each_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Every run has a process of its own, in which it trains as it always would: warm, with its own allocator. After a few
 free steps it waits before each batch until it is told to go on, and then says how long it took from there to the next
-batch: the whole iteration, with data, hooks and logging. Only one run is ever under way.
+batch: the whole iteration, with data, hooks and logging. They begin together; from there on one is under way at a time.
 """
 
 from __future__ import annotations
@@ -394,7 +394,8 @@ def side_by_side(
     try:
         for label in order:
             runs[label] = Run(*those[label], task, settings)
-            runs[label].hear()  # it has done its free steps and waits
+        for each in runs.values():
+            each.hear()  # it has done its free steps and waits
         seconds: dict[str, list[float]] = {label: [] for label in labels}
         for _ in range(settings.steps):
             last = order[-1]

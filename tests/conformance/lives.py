@@ -110,20 +110,21 @@ def process(run: Callable[[int], None], folder: Path, name: str, ranks: int = 1)
     return statuses
 
 
-class EveryBatch(Checkpoint):
-    """Saves after every batch, also in the middle of an accumulation window, and kills this process after one of them.
+class SaveAndDie(Checkpoint):
+    """Kills this process after a batch, having saved after that one and the one before it: also within a window.
 
     Args:
         path: of the checkpoint, written anew each time.
         die: after so many batches of the whole run, counted from 1; None never.
-        at: the hook to die in.
+        at: the hook to die in; None where another rank dies.
     """
 
-    def __init__(self, path: Path, die: int | None, at: str = BATCH) -> None:
+    def __init__(self, path: Path, die: int | None, at: str | None) -> None:
         self.path, self.die, self.at = path, die, at
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        trainer.save_checkpoint(self.path)
+        if self.die is not None and self._batches(trainer) >= self.die - 1:
+            trainer.save_checkpoint(self.path)
         self._maybe_die(trainer, BATCH)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -136,9 +137,11 @@ class EveryBatch(Checkpoint):
         self._maybe_die(trainer, EPOCH)
 
     def _maybe_die(self, trainer: pl.Trainer, hook: str) -> None:
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        if self.die is not None and batches >= self.die and hook == self.at:
+        if self.die is not None and self._batches(trainer) >= self.die and hook == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _batches(self, trainer: pl.Trainer) -> int:
+        return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 class Tell(Callback):
@@ -232,13 +235,13 @@ def killed(
 ) -> None:
     """The same run, killed and continued as often as there are `deaths`: after so many batches, in that hook."""
     path = folder / f"{row.name}.{ranks}.ckpt"
-    for life, death in enumerate([*deaths, (None, "")]):
+    for life, death in enumerate([*deaths, (None, None)]):
         ckpt = path if life else None
 
         def run(rank: int, death: Any = death, ckpt: Path | None = ckpt) -> None:
-            # with two ranks the second dies, and the first in the middle of whatever it does then
-            die, at = death if rank == ranks - 1 else (None, "")
-            result = ended(*lively(row, [*row.recipes(), EveryBatch(path, die, at)], ckpt, ranks, epochs, workers))
+            die, at = death  # with two ranks the second, and the first in the middle of whatever it does then
+            at = at if rank == ranks - 1 else None
+            result = ended(*lively(row, [*row.recipes(), SaveAndDie(path, die, at)], ckpt, ranks, epochs, workers))
             torch.save(result, folder / f"{row.name}.killed{ranks}.rank{rank}.pt")
 
         statuses = process(run, folder, f"{row.name}.killed{ranks}", ranks)

@@ -39,7 +39,7 @@ from lightning_recipes.core.prepare import Plan
 from lightning_recipes.core.recipe import Recipe
 from tests.stock import Watch
 
-from .lives import BATCH, EveryBatch, ended, process
+from .lives import BATCH, SaveAndDie, ended, process
 from .recipes import ROWS
 from .table import Classifier, ConvNet, Lively, Row, first_digits, train
 
@@ -139,7 +139,7 @@ def life(callbacks: list[Callback], ckpt: Path | None) -> tuple[pl.LightningModu
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=any(isinstance(each, EveryBatch) for each in callbacks),
+        enable_checkpointing=any(isinstance(each, SaveAndDie) for each in callbacks),
         accumulate_grad_batches=2,
         callbacks=[ExactResume(), Mixup(0.4, across_ranks=True), AAER(0.1), *callbacks],
     )
@@ -155,7 +155,7 @@ def killed(folder: Path) -> None:
 
     def run(name: str, die: int | None, ckpt: Path | None) -> Any:
         def of_rank(rank: int) -> None:
-            saves = [EveryBatch(path, die if rank else None, BATCH)] if name == "killed" else []
+            saves = [SaveAndDie(path, die, BATCH if rank else None)] if name == "killed" else []
             result = ended(*life(saves, ckpt))
             torch.save(here(result), folder / f"{name}.rank{rank}.pt")
 

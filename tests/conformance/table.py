@@ -9,10 +9,10 @@ has no batch-norm and no dropout, so that two ranks can be held against one proc
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -72,7 +72,7 @@ def small_hybrid() -> nn.Module:
         num_heads=2,
         in_chans=1,
         num_classes=10,
-        embed_layer=partial(HybridEmbed, backbone=ResidualStem()),
+        embed_layer=functools.partial(HybridEmbed, backbone=ResidualStem()),
     )
 
 
@@ -189,7 +189,7 @@ def first_digits(samples: int) -> TensorDataset:
     return TensorDataset(x, torch.tensor(data.target[:samples]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One recipe in one setting, or a stack of several.
 
@@ -301,6 +301,12 @@ def train(
     validation = digits(rank, world, batch, data=row.data) if row.validation else None
     fit.fit(module, batches(row, rank, world, batch), validation, ckpt_path=ckpt_path)
     return module, fit
+
+
+@functools.cache
+def trained(row: Row, accelerator: str = "cpu") -> pl.LightningModule:
+    """The row's module as its run leaves it; made once, for the tests that compare with it."""
+    return train(row, accelerator=accelerator)[0]
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -33,6 +33,7 @@ from .table import (
     same,
     stock,
     train,
+    trained,
     weights,
 )
 
@@ -47,9 +48,8 @@ rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_at_its_neutral_setting_the_fit_is_bitwise_the_fit_without_it(row: Row) -> None:
     without, _ = train(row, callbacks=[])
     neutral, _ = train(row, callbacks=row.neutral())
-    entered, _ = train(row)
     assert same(weights(without), weights(neutral))
-    assert not same(weights(without), weights(entered)), "the recipe itself must make a difference"
+    assert not same(weights(without), weights(trained(row))), "the recipe itself must make a difference"
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.monitors], ids=lambda row: row.name)
@@ -139,7 +139,7 @@ def test_trains_in_mixed_precision(row: Row, precision: str, accelerator: str) -
         settings = {"plugins": [MixedPrecision("16-mixed", device, scaler)]}
     module, fit = train(row, accelerator=accelerator, **settings)
     assert all(p.dtype == torch.float32 for p in module.parameters())
-    full, _ = train(row, accelerator=accelerator)
+    full = trained(row, accelerator)
     start = stock(row)
     if row.keeps is not None:  # what is kept was not there at the start: after one step it is
         start, _ = train(row, max_steps=1, accelerator=accelerator)
@@ -154,9 +154,8 @@ def test_trains_in_mixed_precision(row: Row, precision: str, accelerator: str) -
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.couples], ids=lambda row: row.name)
 def test_accumulated_micro_batches_equal_one_batch(row: Row) -> None:
-    whole, _ = train(row)
     parts, _ = train(row, batch=BATCH // 4, accumulate_grad_batches=4)
-    assert furthest(weights(whole), weights(parts)) < 1e-5
+    assert furthest(weights(trained(row)), weights(parts)) < 1e-5
 
 
 # -- 6. compiled -----------------------------------------------------------------------------------------------------
