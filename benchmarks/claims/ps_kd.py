@@ -111,6 +111,7 @@ def check(results: Results) -> list[Finding]:
                 f"NLL is lower in at least 4 of 5 seeds, labels {name}", "NLL on held-out", *pair(results, name, "nll")
             )
             for name in NOISES
+            if f"with, {name}" in results
         ),
         in_four_of_five(
             "The calibration error is lower in at least 4 of 5 seeds, labels clean",

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.grad import conv2d_weight
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -136,7 +137,8 @@ class SampleGradients:
             gradients = grad(loss)(rest, one, target)
             return torch.stack([g.float().square().sum() for g in gradients.values()]).sum()
 
-        with torch.no_grad():  # of all else nothing is to be recorded
+        # of all else nothing is to be recorded; of attention only its plain form is batched, others go sample by sample
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             return vmap(squares, randomness="different")([filled[i] for i in own], targets)
 
 

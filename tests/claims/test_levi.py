@@ -14,7 +14,7 @@ pytestmark = pytest.mark.claim
 
 
 def test_an_ensemble_over_depths_holds_better_than_full_fine_tuning() -> None:
-    findings = experiment.check(measure(experiment, 3, arms=("without", "LEVI")))
+    findings = experiment.check(measure(experiment, 2, arms=("without", "LEVI")))
     assert len(findings) == 2
     missed = [str(finding) for finding in findings if not finding.holds]
     assert not missed, "\n".join(missed)

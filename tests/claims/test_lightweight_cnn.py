@@ -9,7 +9,7 @@ pytestmark = pytest.mark.claim
 
 
 def test_the_unified_model_is_as_good_as_the_better_branch_and_robuster_than_the_plain_one() -> None:
-    clean, augmented = experiment.check(measure(experiment, 3, arms=("A", "B", "gradual")))
+    clean, augmented = experiment.check(measure(experiment, 2, arms=("A", "B", "gradual")))
     assert clean.holds, str(clean)
     assert all(w >= wo - 0.005 for w, wo in zip(clean.with_recipe, clean.without)), str(clean)
     assert augmented.holds, str(augmented)

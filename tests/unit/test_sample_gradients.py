@@ -149,7 +149,7 @@ def network(name):
     return net, x, known
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("error:There is a performance drop")  # some operation goes sample by sample
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_norm_is_that_of_the_samples_own_gradient(name):
     net, x, known = network(name)
