@@ -43,9 +43,8 @@ def mixed(gradients: Sequence[Tensor], sharp: Sequence[Tensor], mix: float) -> l
 
 def measures(gradients: Sequence[Tensor], sharp: Sequence[Tensor], rise: Tensor) -> dict[str, Tensor]:
     """What to log: both norms, the cosine between the gradients, and the rise L(theta + e) - L(theta)."""
-    plain, sam = global_norm(gradients), global_norm(sharp)
-    inner = torch.stack([torch.sum(g.float() * s.float()) for g, s in zip(gradients, sharp)]).sum()
-    cosine = inner / (plain * sam + 1e-12)
+    plain, sam, apart = (global_norm(each) for each in (gradients, sharp, torch._foreach_sub(sharp, gradients)))
+    cosine = (plain.square() + sam.square() - apart.square()) / (2 * plain * sam + 1e-12)
     return {"glad/grad_norm": plain, "glad/sam_grad_norm": sam, "glad/cosine": cosine, "glad/sharpness": rise}
 
 

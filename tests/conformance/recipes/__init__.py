@@ -49,7 +49,7 @@ CANNOT_ATTACH: list[Misuse] = [
 ]
 
 
-STACK = 5  # recipes in a stack: more cover the pairs in fewer runs, and say less of which two do not get on
+STACK = 8  # recipes in a stack: more cover the pairs in fewer runs, and say less of which two do not get on
 
 
 def pairs() -> list[Row]:
