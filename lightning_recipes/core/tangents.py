@@ -24,6 +24,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ class _Call:
     part: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    output: Any
+    output: Tensor | None  # None for another thing than one tensor of numbers
+
+    @property
+    def sizes(self) -> tuple[torch.Size, torch.Size] | None:
+        """Of input and output; None where they are not one tensor each."""
+        given = self.args[0] if len(self.args) == 1 and not self.kwargs else None
+        return (given.shape, self.output.shape) if isinstance(given, Tensor) and self.output is not None else None
 
 
 @dataclass(frozen=True)
@@ -119,14 +126,10 @@ class LastLayers:
 
     def _reached(self, outputs: Tensor, calls: list[_Call]) -> list[_Call]:
         """The calls that the outputs have a gradient with respect to."""
-        tensors = [call.output if isinstance(call.output, Tensor) else None for call in calls]
-        there = [each for each in tensors if each is not None and each.requires_grad]
-        found = iter(self._gradients(outputs.sum(), there) if there and outputs.requires_grad else [None] * len(there))
-        reached = [
-            call
-            for call, each in zip(calls, tensors)
-            if each is not None and each.requires_grad and next(found) is not None
-        ]
+        made = [call for call in calls if call.output is not None]
+        there = bool(made) and outputs.requires_grad
+        found = self._gradients(outputs.sum(), [call.output for call in made]) if there else ()
+        reached = [call for call, gradient in zip(made, found) if gradient is not None]
         if not reached:
             before = ", ".join(dict.fromkeys(call.name for call in calls))
             raise RecipeError(
@@ -154,20 +157,20 @@ class LastLayers:
                 f"kernel='ntk' takes layers that are called once in a pass; {call.name} ({kind}) is called {times}"
                 f" times: {INSTEAD}"
             )
-        a, o = call.args[0] if len(call.args) == 1 and not call.kwargs else None, call.output
-        if not isinstance(a, Tensor) or not (a.dim() and o.dim() and len(a) == len(o) == count):
+        sizes = call.sizes
+        if sizes is None or sizes[0][:1] != (count,) or sizes[1][:1] != (count,):
             raise RecipeError(
                 f"kernel='ntk' takes layers from one tensor with a sample a row to another; {call.name} ({kind}) is"
                 f" none: {INSTEAD}"
             )
-        return _Layer(call.name, a.shape[1:], o.shape[1:], not a.is_floating_point())
+        return _Layer(call.name, sizes[0][1:], sizes[1][1:], not call.args[0].is_floating_point())
 
     def _hold_against_autograd(self, call: _Call, layer: _Layer, outputs: Tensor) -> None:
         """The Jacobian's row of one sample's outputs together; of a layer that trains, for others have no gradient."""
         trained = {name: p for name, p in _own(call.part).items() if p.requires_grad}
         try:
             (g,) = self._gradients(outputs[0].sum(), [call.output])
-            found = _by_name(_copied(call.part), call.args[0].detach()[:1], g[:1])
+            found = _by_name(_copied(call.part), call.args[0][:1], g[:1])
         except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, (torch.OutOfMemoryError, RecipeError)):
                 raise
@@ -201,13 +204,13 @@ class LastLayers:
     @contextmanager
     def _watched(self, parts: Mapping[str, nn.Module]) -> Iterator[None]:
         def keep(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str) -> Any:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                with torch.enable_grad():
-                    output = output if output.requires_grad else output.detach().requires_grad_()
-                self._calls.append(_Call(name, part, args, kwargs, output))
-                return output.clone()  # what follows may work in place
-            self._calls.append(_Call(name, part, args, kwargs, None))
-            return None
+            args = tuple(each.detach().clone() if isinstance(each, Tensor) else each for each in args)
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                self._calls.append(_Call(name, part, args, kwargs, None))
+                return output
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            self._calls.append(_Call(name, part, args, kwargs, output))
+            return output.clone()  # as of what came in: what follows may work in place
 
         def end(part: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._given = output
@@ -216,13 +219,7 @@ class LastLayers:
             undo.enter_context(torch.compiler.set_stance("force_eager"))
             undo.callback(self._forget)
             for name, part in parts.items():
-
-                def hook(
-                    part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, name: str = name
-                ) -> Any:
-                    return keep(part, args, kwargs, out, name)
-
-                undo.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
+                undo.callback(part.register_forward_hook(partial(keep, name=name), with_kwargs=True).remove)
             undo.callback(self.module.get_submodule(self.head).register_forward_hook(end).remove)
             yield
 
@@ -237,21 +234,16 @@ class LastLayers:
         """
         outputs, calls = self._given, {call.name: call for call in self._calls}
         self._forget()
-        as_found = outputs is not None and all(
-            layer.name in calls
-            and isinstance(calls[layer.name].args[0], Tensor)
-            and calls[layer.name].args[0].shape == (len(outputs), *layer.input)
-            and calls[layer.name].output.shape == (len(outputs), *layer.output)
-            for layer in self._layers
-        )
-        if not as_found:
+        n = 0 if outputs is None else len(outputs)
+        expected = {layer.name: ((n, *layer.input), (n, *layer.output)) for layer in self._layers}
+        if not n or {name: call.sizes for name, call in calls.items()} != expected:
             raise RecipeError(f"the layers before {self.head} are called otherwise than before training")
         at = [calls[layer.name].output for layer in self._layers]
         rows = [self._gradients(each.sum(), at) for each in outputs.unbind(1)]
         found = {}
         for number, layer in enumerate(self._layers):
             gradients = [torch.zeros_like(at[number]) if row[number] is None else row[number] for row in rows]
-            found[f"inputs of {layer.name}"] = calls[layer.name].args[0].detach().flatten(1)
+            found[f"inputs of {layer.name}"] = calls[layer.name].args[0].flatten(1)
             found[f"gradients at {layer.name}"] = torch.stack(gradients, 1).flatten(1)
         return found
 
