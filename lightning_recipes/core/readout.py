@@ -149,7 +149,8 @@ class Readout:
 
     Attributes:
         path, layer: of the layer, as it was before any surgery.
-        kind: of the loss, once looked at; `outputs`, k, `width`, p, and `half`, whether features have half precision.
+        kind: of the loss, once looked at; `outputs`, k, `width`, p, and `half`, whether features have half precision, `learnt`, whether parameters that
+            train are behind them.
         last: the last layers, once looked at; None where their kernel is not wanted.
 
     Raises:
@@ -171,7 +172,7 @@ class Readout:
         self.kind: Kind = "other"
         self.call = ""
         self.outputs = self.width = 0
-        self.half = False
+        self.half = self.learnt = False
         self.tangents = tangents
         self.last: LastLayers | None = None
         self._taps: Taps | None = None
@@ -204,7 +205,7 @@ class Readout:
                         f" {len(seen.targets)} samples: name another with head="
                     )
                 self.kind, self.call, self.outputs = kind_of(seen), seen.call.name, numbers_of(seen).shape[1]
-                self.width, self.half = x.shape[1], x.dtype in HALF
+                self.width, self.half, self.learnt = x.shape[1], x.dtype in HALF, x.requires_grad
         self._taps.values.clear()
         if samples.total < 4 * self.outputs:
             raise RecipeError(

@@ -385,12 +385,14 @@ def test_what_is_said_of_the_width_of_a_relu_kernel_is_of_features_drawn_from_it
         errors = [now[name] for name in names]
         assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
         assert now["width_x1"] == now["data_x1"] and errors[-1] == pytest.approx(now["pred_test_mse_best"])
+        assert any("the layers before train and have seen" in each for each in monitor.limits) == (head is None)
         (said,) = (each for each in monitor.limits if each.startswith("the kernel has no width"))
         assert f"of which {width} (as many as it has {of}) are taken for the width now" in said
     inputs = MoreIsBetterMonitor("net.0", kernel="relu_nngp", geometric_steps=False, every_n_steps=100)
     fit(Regressor(wide(20)), inputs, x, y)
     values = inputs.history.values["pred_test_mse_best"]
     assert values[0] == values[-1], "a kernel of the data themselves does not change as the network trains"
+    assert not any("have seen the labels" in each for each in inputs.limits)
 
 
 @pytest.mark.parametrize("kernel", ["relu_nngp", "ntk"])

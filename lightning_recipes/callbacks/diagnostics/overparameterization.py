@@ -183,6 +183,14 @@ def ridges_for(found: Spectrum, multiples: Sequence[float] | None) -> Tensor:
     return torch.tensor(multiples, dtype=torch.float64).sort()[0] * float(found.eigenvalues.sum() / found.samples)
 
 
+def is_hidden(module: pl.LightningModule, path: str) -> bool:
+    """Whether a linear layer is another than the one that would be found for the readout."""
+    try:
+        return path != head_input(module)[0]
+    except RecipeError:
+        return False
+
+
 def refitted(found: Spectrum, means: tuple[Tensor, Tensor], ridge: float, signs: bool = False) -> LinearHead:
     """The layer that ridge regression gives.
 
@@ -322,7 +330,7 @@ class MoreIsBetterMonitor(Monitor):
                 f" most; got {probe.total}: take fewer with probe_size="
             )
         readout.look(probe)
-        hidden = self.kernel == "relu_nngp" and readout.path != head_input(module)[0]
+        hidden = self.kernel == "relu_nngp" and is_hidden(module, readout.path)
         self._width = readout.layer.out_features if hidden else readout.width
         total = len(probe.loader.dataset)
         own = {id(p) for p in module.get_submodule(readout.path).parameters()}
@@ -335,8 +343,8 @@ class MoreIsBetterMonitor(Monitor):
             "other layers train too and have seen the labels, so the error on new samples is more than forecast, and"
             " trained features are no random draws, of which twice as many would bring what is said of width":
                 trained and self.kernel == "features",
-            "other layers train too and have seen the labels, so the error on new samples is more than forecast":
-                trained and self.kernel == "relu_nngp",
+            "the layers before train and have seen the labels, so the error on new samples is more than forecast":
+                readout.learnt and self.kernel == "relu_nngp",
             "the kernel has no width: what is said of width is what random ReLU features of the inputs of"
             f" {readout.path} would come to, of which {self._width} (as many as it has"
             f" {'outputs' if hidden else 'inputs'}) are taken for the width now": self.kernel == "relu_nngp",
