@@ -149,8 +149,8 @@ class Readout:
 
     Attributes:
         path, layer: of the layer, as it was before any surgery.
-        kind: of the loss, once looked at; `outputs`, k, `width`, p, and `half`, whether features have half precision, `learnt`, whether parameters that
-            train are behind them.
+        kind: of the loss, once looked at; `outputs`, k, `width`, p; `half`, whether features have half precision, and
+            `learnt`, whether parameters that train are behind them.
         last: the last layers, once looked at; None where their kernel is not wanted.
 
     Raises:
