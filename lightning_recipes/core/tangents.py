@@ -34,8 +34,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_recipes.core.errors import RecipeError
 
-HELD = 2**24
-"""Numbers of a Jacobian that are held at once: 128 MB."""
+HELD = 2**25
+"""Numbers of a Jacobian that are held at once: 256 MB."""
 KEPT = 2**28
 """Numbers that are kept of all samples at most: 1 GB."""
 INSTEAD = "use kernel='features'"
@@ -57,15 +57,35 @@ class _Call:
         given = self.args[0] if len(self.args) == 1 and not self.kwargs else None
         return (given.shape, self.output.shape) if isinstance(given, Tensor) and self.output is not None else None
 
+    @property
+    def work(self) -> int:
+        """Multiplications of one sample, nearly: each weight once a place of the output."""
+        if self.output is None or not self.output.dim():
+            return 0
+        places = self.output[0].numel()
+        return sum(p.numel() * max(1, places // len(p)) for p in _own(self.part).values() if p.dim() > 1)
+
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer of which the kernel is: sizes of one sample's input and output, and whether the input is of integers."""
+    """A layer of which the kernel is.
+
+    Attributes:
+        name: path.
+        input, output: sizes of one sample's.
+        integers: whether the input is of integers.
+        row: whether it is linear on one row a sample.
+        parameters: how many.
+        work: multiplications of one sample's call.
+    """
 
     name: str
     input: torch.Size
     output: torch.Size
     integers: bool
+    row: bool
+    parameters: int
+    work: int
 
 
 class LastLayers:
@@ -84,6 +104,7 @@ class LastLayers:
     def __init__(self, module: nn.Module, head: str) -> None:
         self.module, self.head = module, head
         self.outputs = self.size = 0
+        self._work = 1  # multiplications of a forward pass
         self._layers: list[_Layer] = []
         self._calls: list[_Call] = []
         self._given: Tensor | None = None
@@ -120,6 +141,7 @@ class LastLayers:
             chosen = reached[last:]
             self._layers = [self._checked(call, [each.name for each in calls], len(outputs)) for call in chosen]
             self.outputs = outputs.shape[1]
+            self._work = max(1, sum(call.work for call in calls) + self.outputs * self._features())
             self.size = sum(each.input.numel() + self.outputs * each.output.numel() for each in self._layers)
             for call, layer in zip(chosen, self._layers):
                 self._hold_against_autograd(call, layer, outputs)
@@ -163,7 +185,28 @@ class LastLayers:
                 f"kernel='ntk' takes layers from one tensor with a sample a row to another; {call.name} ({kind}) is"
                 f" none: {INSTEAD}"
             )
-        return _Layer(call.name, sizes[0][1:], sizes[1][1:], not call.args[0].is_floating_point())
+        row = _by_rows(call.part, call.args[0])
+        size = sum(p.numel() for p in _own(call.part).values())
+        numbers = call.args[0].is_floating_point()
+        return _Layer(call.name, sizes[0][1:], sizes[1][1:], not numbers, row, size, call.work)
+
+    def _features(self) -> int:
+        return getattr(self.module.get_submodule(self.head), "in_features", 0)
+
+    def passes(self, samples: int) -> int:
+        """What it costs to read so many samples and make their kernel, in forward passes of one sample.
+
+        A forward pass, one more for each output's way back through the last layers, and by their multiplications the
+        Jacobians and the products of all pairs, which are most of it.
+        """
+        work = 0
+        for layer in self._layers:
+            if layer.row:
+                work += samples**2 * (layer.input.numel() + self.outputs * layer.output.numel())
+                continue
+            again = 1 + samples / _half(layer.parameters) / 2 if _chunk(layer.parameters) < samples else 1
+            work += self.outputs * samples * (samples * layer.parameters + round(again * layer.work))
+        return samples * (1 + self.outputs) + round(work / self._work)
 
     def _hold_against_autograd(self, call: _Call, layer: _Layer, outputs: Tensor) -> None:
         """The Jacobian's row of one sample's outputs together; of a layer that trains, for others have no gradient."""
@@ -278,19 +321,19 @@ def layer_kernel(layer: nn.Module, inputs: Tensor, gradients: Tensor, held: int 
     n, c = gradients.shape[:2]
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     gradients = gradients.double()
-    if type(layer) is nn.Linear and inputs.dim() == 2:
+    if _by_rows(layer, inputs):
         flat = gradients.flatten(1)
         return (inputs @ inputs.T + float(layer.bias is not None)) * (flat @ flat.T) / c
     layer = _copied(layer, inputs.device)
     size = sum(p.numel() for p in _own(layer).values())
-    chunk = max(1, held // max(size, 1))
+    chunk = _chunk(size, held)
     total = inputs.new_zeros(n, n, dtype=torch.float64)
     for g in gradients.unbind(1):
         if chunk >= n:
             rows = _jacobian(layer, inputs, g)
             total.addmm_(rows, rows.T)
             continue
-        half = max(1, chunk // 2)  # two chunks are held
+        half = _half(size, held)
         pieces = [slice(at, at + half) for at in range(0, n, half)]
         for i, first in enumerate(pieces):
             rows = _jacobian(layer, inputs[first], g[first])
@@ -300,6 +343,20 @@ def layer_kernel(layer: nn.Module, inputs: Tensor, gradients: Tensor, held: int 
                 total[first, second] += block
                 total[second, first] += block.T
     return total / c
+
+
+def _by_rows(layer: nn.Module, inputs: Tensor) -> bool:
+    return type(layer) is nn.Linear and inputs.dim() == 2
+
+
+def _chunk(parameters: int, held: int = HELD) -> int:
+    """Samples whose Jacobian is held at once."""
+    return max(1, held // max(parameters, 1))
+
+
+def _half(parameters: int, held: int = HELD) -> int:
+    """The same where two chunks are held."""
+    return max(1, _chunk(parameters, held) // 2)
 
 
 def _jacobian(layer: nn.Module, inputs: Tensor, g: Tensor) -> Tensor:

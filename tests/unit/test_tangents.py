@@ -72,6 +72,18 @@ def test_two_layers_have_the_kernel_that_is_written_by_hand() -> None:
     found, last = kernel_of(net, x)
     assert last.names == ["0"] and torch.allclose(found, expected.detach(), atol=1e-12)
     assert torch.allclose(by_autograd(net, x, net[0], net[2]), expected.detach(), atol=1e-12)
+    assert last.passes(7) == 7 * 2 + round(7**2 * (4 + 6) / (24 + 6)), (
+        "by the products of all pairs, over those of a pass"
+    )
+
+
+def test_the_cost_of_a_convolution_is_its_jacobians_and_their_products() -> None:
+    """54 weights at 4 places and 3 biases, a norm of 6 and 36 weights of the readout; 3 outputs."""
+    net = seeded(NETWORKS["a convolution and a norm"][0])
+    _, last = kernel_of(net, inputs(5, 2, 5, 5))
+    work = 54 * 4
+    assert last.passes(5) == 5 * 4 + round(3 * 5 * (5 * 57 + work + 5 * 6) / (work + 36))
+    assert last.passes(10**7) > 10**7 * last.passes(10**4) / 10**4, "and made again where they are too many to hold"
 
 
 class Block(nn.Module):
