@@ -18,8 +18,8 @@ features for all there are could only forecast fewer; here they are k draws, so 
 
 Which kernel stands for the model can be chosen. `features`: the one of which the layer's inputs h are random features.
 `relu_nngp`: the one of which random ReLU features of h are, as if a hidden layer of infinite width stood between h and
-the readout, with t the angle of two inputs. `ntk`: the tangent kernel of the last layers, parameters w, at which the
-outputs f_c stand (``core/tangents.py``): what gradient descent on these layers does at first order.
+the readout, with t the angle of two inputs. `ntk`: the tangent kernel of the last layers, w their parameters and f_c
+the C outputs (``core/tangents.py``): what gradient descent on these layers does at first order.
 
     K = |h| |h'| / (2 pi) [sin t + (pi - t) cos t],        K = 1/C sum_c df_c/dw . df_c'/dw
 
