@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -19,6 +19,7 @@ from lightning_recipes.core.head_fit import where_to_fit
 from lightning_recipes.core.probe import Samples, encode, samples_of
 from lightning_recipes.core.spectrum import WIDEST, Spectrum, Sums, spectrum
 from lightning_recipes.core.step import Replay, check_observable, observe
+from lightning_recipes.core.tangents import KEPT, LastLayers
 
 FEATURES = "features"
 HALF = (torch.bfloat16, torch.float16)
@@ -110,6 +111,7 @@ class Reading:
         x, y: they themselves elsewhere, ``[n, p]`` and ``[n, k]``.
         smallest: of the targets.
         tallied: what else there was to count.
+        tangents: of the last layers, as ``LastLayers.take`` gives them.
     """
 
     sums: Sums | None
@@ -117,6 +119,7 @@ class Reading:
     y: Tensor | None
     smallest: float
     tallied: Tallied
+    tangents: dict[str, Tensor] = field(default_factory=dict)
 
     def spectrum(self, centred: bool) -> Spectrum:
         """Their spectrum.
@@ -142,10 +145,13 @@ class Readout:
         trainer, module: the user's.
         head: dotted path of the layer; None finds it.
         criterion: which loss of the module's training step to observe.
+        tangents: whether the kernel of the last layers' gradients is wanted too.
 
     Attributes:
         path, layer: of the layer, as it was before any surgery.
-        kind: of the loss, once looked at; `outputs`, k, `width`, p, and `half`, whether features have half precision.
+        kind: of the loss, once looked at; `outputs`, k, `width`, p; `half`, whether features have half precision, and
+            `learnt`, whether parameters that train are behind them.
+        last: the last layers, once looked at; None where their kernel is not wanted.
 
     Raises:
         RecipeError: when there is no linear layer, and under manual optimization.
@@ -158,6 +164,7 @@ class Readout:
         module: pl.LightningModule,
         head: str | None = None,
         criterion: str | int | None = None,
+        tangents: bool = False,
     ) -> None:
         check_observable(module, owner)
         self.owner, self.trainer, self.module, self.criterion = owner, trainer, module, criterion
@@ -165,7 +172,9 @@ class Readout:
         self.kind: Kind = "other"
         self.call = ""
         self.outputs = self.width = 0
-        self.half = False
+        self.half = self.learnt = False
+        self.tangents = tangents
+        self.last: LastLayers | None = None
         self._taps: Taps | None = None
 
     def install(self, undo: ExitStack) -> None:
@@ -196,7 +205,7 @@ class Readout:
                         f" {len(seen.targets)} samples: name another with head="
                     )
                 self.kind, self.call, self.outputs = kind_of(seen), seen.call.name, numbers_of(seen).shape[1]
-                self.width, self.half = x.shape[1], x.dtype in HALF
+                self.width, self.half, self.learnt = x.shape[1], x.dtype in HALF, x.requires_grad
         self._taps.values.clear()
         if samples.total < 4 * self.outputs:
             raise RecipeError(
@@ -207,11 +216,33 @@ class Readout:
                 f"the readout {self.path} has {self.width} inputs, and {WIDEST} are the most for {samples.total}"
                 " samples; name another or take fewer samples"
             )
+        if self.tangents:
+            self._look_back(few, samples.total)
 
-    def read(self, samples: Samples) -> Reading:
-        """Inputs and targets on samples, silently, in eval mode and in full precision. All ranks together."""
+    def _look_back(self, few: Samples, total: int) -> None:
+        """Find the last layers in a pass of its own: it is eager, and the others see what training runs."""
+        batch, _ = next(iter(few))
+        last = LastLayers(self.module, self.path)
+        with apart(self.trainer, type(self.owner).__name__, "try", full_precision=True):
+            batch = as_a_step_gets_it(self.trainer, batch)
+            last.find(lambda: observe(self.trainer, self.module, batch, 0, self.criterion))
+        self._taps.values.clear()
+        if total * last.size > KEPT:
+            raise RecipeError(
+                f"kernel='ntk' keeps {last.size} numbers a sample of {' and '.join(last.names)}, and {total} samples"
+                f" are too many for that; take {KEPT // last.size} at most with probe_size="
+            )
+        self.last = last
+
+    def read(self, samples: Samples, keep: bool = False) -> Reading:
+        """Inputs and targets on samples, silently, in eval mode and in full precision. All ranks together.
+
+        Args:
+            keep: them, also where there are more samples than features.
+        """
         device = where_to_fit(self.module)
-        sums = Sums(self.width, self.outputs, device) if samples.total >= self.width else None
+        summed = samples.total >= self.width and not keep and not self.tangents
+        sums = Sums(self.width, self.outputs, device) if summed else None
         tally = Tally(self.kind, device)
 
         def run(batch: object, number: int) -> Tensor:
@@ -222,16 +253,20 @@ class Readout:
             tally.add(x, y, seen)
             return y
 
-        kept = encode(
-            self.trainer,
-            self.module,
-            lambda: {} if sums is not None else {FEATURES: self._taps[FEATURES]},
-            samples,
-            run=run,
-            full_precision=True,
-        )
+        def features() -> dict[str, Tensor]:
+            if sums is not None:
+                return {}
+            return {FEATURES: self._taps[FEATURES], **(self.last.take() if self.last else {})}
+
+        with self.last.watched() if self.last else nullcontext():
+            kept = encode(self.trainer, self.module, features, samples, run=run, full_precision=True)
         self._taps.values.clear()
         least, tallied = float(kept.targets.min()), tally.over_ranks()
         if sums is not None:
             return Reading(sums.over_ranks(), None, None, least, tallied)
-        return Reading(None, kept.features[FEATURES], kept.targets, least, tallied)
+        x = kept.features.pop(FEATURES)
+        return Reading(None, x, kept.targets, least, tallied, kept.features)
+
+    def tangent_kernel(self, reading: Reading) -> Tensor:
+        """The kernel of the last layers' gradients on the samples of a reading, ``[n, n]`` in fp64."""
+        return self.last.kernel(reading.x, reading.tangents, where_to_fit(self.module))

@@ -240,6 +240,29 @@ def kernel_spectrum(kernel: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0) / m, vectors.flip(1).T @ y.double() / m**0.5
 
 
+def relu_nngp(x: Tensor) -> Tensor:
+    """The kernel of infinitely many random ReLU features, one hidden layer without limit on its width:
+
+        K(x, x') = E relu(w . x) relu(w . x') = |x| |x'| / (2 pi) [sin t + (pi - t) cos t],   w ~ N(0, 1)
+
+    with t the angle of x and x' (the arc-cosine kernel of order 1 over 2: Y. Cho, L. Saul, "Kernel Methods for Deep
+    Learning", NeurIPS 2009). Weights of variance 1 and no biases: another variance multiplies K, and ridges with it.
+
+    Args:
+        x: inputs of the features, ``[n, p]``.
+
+    Returns:
+        ``[n, n]``, fp64.
+    """
+    x = x.double()
+    size = x.norm(dim=1)
+    scale = size.outer(size)
+    cosine = (x @ x.T / scale.clamp_min(torch.finfo(torch.float64).tiny)).clamp(-1, 1)
+    cosine.fill_diagonal_(1.0)
+    angle = cosine.acos()
+    return scale * (angle.sin() + (math.pi - angle) * cosine) / (2 * math.pi)
+
+
 # -- from a training set to the errors ---------------------------------------------------------------------------------
 
 

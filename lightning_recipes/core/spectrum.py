@@ -102,6 +102,33 @@ def spectrum(x: Tensor, y: Tensor | None = None, centred: bool = True) -> Spectr
     return Spectrum(values, directions, targets, rest, n, p, centred=centred)
 
 
+def spectrum_of_kernel(kernel: Tensor, y: Tensor, centred: bool = True) -> Spectrum:
+    """The spectrum of features that are known by their products alone: a kernel matrix K in place of X X^T.
+
+    There is no feature space that directions could be in: `directions` is ``[0, n]``, and `features` is n.
+
+    Args:
+        kernel: ``[n, n]``, symmetric.
+        y: targets ``[n, k]``.
+        centred: whether to take the means off features and targets.
+
+    Raises:
+        RecipeError: for values that are not finite, and where n is above `WIDEST`.
+    """
+    n = len(kernel)
+    _check_side(n)
+    kernel, y = kernel.double(), y.double()
+    size = kernel.trace()
+    if centred:
+        rows = kernel.mean(1)
+        kernel, y = kernel - rows - rows[:, None] + rows.mean(), y - y.mean(0)
+    _check_finite(kernel)
+    values, vectors = _eigen(kernel, size)
+    targets = torch.where(_inverse_root(values)[:, None] > 0, vectors.T @ y, 0.0)
+    rest = (y.square().sum(0) - targets.square().sum(0)).clamp_min(0)
+    return Spectrum(values, kernel.new_zeros(0, n), targets, rest, n, n, centred=centred)
+
+
 class Sums:
     """What a spectrum needs of samples that need not be kept, in fp64: sums over them, batch by batch.
 

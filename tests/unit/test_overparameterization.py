@@ -126,6 +126,23 @@ def test_words_on_the_regularisation_of_the_readout() -> None:
     assert "The readout is regularised about right" in said(**{**own, "pred_test_mse_now": 1.01})
 
 
+def test_words_on_a_kernel_that_stands_for_the_model() -> None:
+    now = {"data_x1": 1.0, "data_x2": 0.9, "limited_by": DATA, "pred_test_mse_best": 0.9, "best_ridge": 2.0}
+    now["train_mse_at_best"] = 0.3
+    assert words(now, "ntk") == (
+        "More data would help: twice the data would bring the forecast of the test error from 1 to 0.9. Ridge"
+        " regression with the kernel ntk is best at ridge 2, with a training error of 33 % of the test error."
+    )
+    assert words({**now, "limited_by": NOISE, "data_x2": 0.99}, "ntk").startswith(
+        "Limited by noise: not even twice the data (0.99) would bring the forecast of the test error (1) down by as"
+        " much as 2 %; what is left is noise, or nothing that such a kernel can say."
+    )
+    wide = words({**now, "width_x2": 0.8, "limited_by": WIDTH}, "relu_nngp")
+    assert wide.startswith("More width would help more than more data: twice the width would bring") and (
+        "Ridge regression with the kernel relu_nngp is best" in wide
+    )
+
+
 # -- the monitor on runs that the theory is of -------------------------------------------------------------------------
 
 
@@ -303,6 +320,107 @@ def test_the_run_is_the_same_to_the_bit_and_the_pictures_are_there(tmp_path: Any
     assert same(plain[0], watched[0]) and torch.equal(plain[1], watched[1])
     for name in ("mib", "mib_ridge"):
         assert (tmp_path / "lightning_logs" / "version_0" / f"{name}.png").stat().st_size > 1000
+
+
+# -- other kernels than the features' own ------------------------------------------------------------------------------
+
+
+def of_kernel(kernel: Tensor, y: Tensor) -> dict[str, float]:
+    """What ridge regression with a kernel comes to by cross-validation, with the mean fitted too."""
+    n = len(y)
+    middle = torch.eye(n, dtype=torch.float64) - 1 / n
+    values, vectors = torch.linalg.eigh(middle @ kernel.double() @ middle)
+    values, along = values.clamp_min(0), vectors.T @ (y - y.mean(0)).double()
+    ridges = torch.logspace(-6, 2, 31, dtype=torch.float64) * values.sum() / n
+    left = ridges[:, None] / (values + ridges[:, None])
+    train = (left.square() @ along.square()).mean(1) / n
+    test = train / ((left.sum(1) - 1) / n).square()  # the mean's own direction, with the eigenvalue 0, is fitted
+    best = int(test.argmin())
+    return {
+        "pred_test_mse_best": float(test[best]),
+        "best_ridge": float(ridges[best]),
+        "train_mse_at_best": float(train[best]),
+    }
+
+
+def test_each_kernel_is_that_of_the_network_as_it_stands() -> None:
+    """Before the first step, against kernels that are written out by hand."""
+    x, y = regression()
+    net = wide()
+    before = (x @ net[0].weight.T + net[0].bias).detach().double()
+    h, back = before.relu(), (before > 0).double()[:, None] * net[2].weight.detach().double()  # [n, 3, 30]
+    k = h @ h.T + 1 + (x @ x.T + 1).double() * torch.einsum("ick,jck->ij", back, back) / 3
+    norm = h.norm(dim=1)
+    angle = torch.nn.functional.cosine_similarity(h[:, None], h, dim=2).clamp(-1, 1).acos()
+    arc = norm.outer(norm) * (angle.sin() + (math.pi - angle) * angle.cos()) / (2 * math.pi)
+    for kernel, matrix in (("ntk", k), ("relu_nngp", arc)):
+        monitor = MoreIsBetterMonitor(kernel=kernel)
+        fit(Regressor(wide()), monitor, x, y, epochs=1)
+        first = {name: values[0] for name, values in monitor.history.values.items()}
+        for name, value in of_kernel(matrix, y).items():
+            assert first[name] == pytest.approx(value, rel=1e-3), (kernel, name)
+
+
+def test_a_tangent_kernel_forecasts_for_other_data_and_for_no_other_width() -> None:
+    monitor = MoreIsBetterMonitor(kernel="ntk")
+    fit(Regressor(wide()), monitor, *regression())
+    now = last(monitor)
+    assert not any(name.startswith("width_") for name in now) and now["limited_by"] in (DATA, NOISE)
+    assert now["data_x4"] < now["data_x2"] < now["data_x1"] == pytest.approx(now["pred_test_mse_best"])
+    assert not {"train_mse", "ridge_now", "weight_decay"} & now.keys()
+    assert any(each.startswith("its theory does not apply to the width of a network") for each in monitor.limits)
+    assert any(each.startswith("the layers train and have seen the labels") for each in monitor.limits)
+    assert "Its theory does not apply to the width of a network by its tangent kernel" in monitor.verdict
+
+
+def test_what_is_said_of_the_width_of_a_relu_kernel_is_of_features_drawn_from_it() -> None:
+    """Of a hidden layer as many as it has outputs now; of the readout as many as it has inputs."""
+    x, y = regression()
+    for head, width, of in (("net.0", 20, "outputs"), (None, 20, "inputs")):
+        monitor = MoreIsBetterMonitor(head, kernel="relu_nngp", what_if_k=[0.5])
+        fit(Regressor(wide(20)), monitor, x, y)
+        now = last(monitor)
+        names = ("width_x0.5", "width_x1", "width_x2", "width_xinf")
+        assert {name for name in now if name.startswith("width_")} == set(names)
+        errors = [now[name] for name in names]
+        assert errors == sorted(errors, reverse=True) and errors[0] > errors[-1]
+        assert now["width_x1"] == now["data_x1"] and errors[-1] == pytest.approx(now["pred_test_mse_best"])
+        assert any("the layers before train and have seen" in each for each in monitor.limits) == (head is None)
+        (said,) = (each for each in monitor.limits if each.startswith("the kernel has no width"))
+        assert f"of which {width} (as many as it has {of}) are taken for the width now" in said
+    inputs = MoreIsBetterMonitor("net.0", kernel="relu_nngp", geometric_steps=False, every_n_steps=100)
+    fit(Regressor(wide(20)), inputs, x, y)
+    values = inputs.history.values["pred_test_mse_best"]
+    assert values[0] == values[-1], "a kernel of the data themselves does not change as the network trains"
+    assert not any("have seen the labels" in each for each in inputs.limits)
+
+
+@pytest.mark.parametrize("kernel", ["relu_nngp", "ntk"])
+def test_with_every_kernel_the_run_is_the_same_to_the_bit_and_costs_what_the_budget_allows(
+    kernel: str, tmp_path: Any
+) -> None:
+    pytest.importorskip("matplotlib")
+
+    def run(*callbacks: Any, **trainer: Any) -> Any:
+        torch.manual_seed(5)
+        net = nn.Sequential(
+            nn.Linear(6, 20), nn.BatchNorm1d(20), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(20, 3)
+        )
+        module = Regressor(net)
+        quiet(callbacks=list(callbacks), max_epochs=2, **trainer).fit(module, loader(*regression(), size=16))
+        return weights(module), torch.get_rng_state()
+
+    budget = 60.0 if kernel == "ntk" else 1.0  # in so small a network the products of all pairs are most of the work
+    often = MoreIsBetterMonitor(kernel=kernel, every_n_steps=1, budget=budget)
+    plain, watched = run(), run(often, logger=CSVLogger(tmp_path))
+    assert same(plain[0], watched[0]) and torch.equal(plain[1], watched[1])
+    # One forward pass and one back an output; of all pairs the products of 6 inputs and 3 x 20 gradients in the linear
+    # layer and of 3 x 40 derivatives in the norm, over the 120 + 60 multiplications of a pass.
+    passes = 80 * 4 + round(80**2 * (6 + 60 + 120) / 180) if kernel == "ntk" else 80
+    assert often.history.steps[0] == math.ceil(passes / (3 * 16 * budget)), "after so many samples were trained on"
+    assert often.left_out > 0 and often.spent == pytest.approx(len(often.history.steps) * passes / (3 * 160))
+    assert often.spent <= budget
+    assert (tmp_path / "lightning_logs" / "version_0" / "mib.png").stat().st_size > 1000
 
 
 # -- the refit ---------------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from lightning_recipes.core.ridge_theory import (
     kernel_spectrum,
     krr_risk,
     optimal_fitting_ratio,
+    relu_nngp,
     rf_risk,
     sweep,
     task_of,
 )
-from lightning_recipes.core.spectrum import spectrum
+from lightning_recipes.core.spectrum import spectrum, spectrum_of_kernel
 
 I = torch.arange(1, 2001, dtype=torch.float64)  # noqa: E741
 LAM, V = I**-1.5, I**-0.75
@@ -292,3 +293,72 @@ def test_nothing_helps_against_pure_noise() -> None:
 def test_features_that_do_not_vary_are_no_task() -> None:
     with pytest.raises(RecipeError, match="the features do not vary"):
         task_of(spectrum(torch.ones(10, 3), torch.rand(10, 1)), 3)
+
+
+# -- the kernel of infinitely many ReLU features -----------------------------------------------------------------------
+
+
+def test_the_relu_kernel_at_angles_that_are_known() -> None:
+    """|x||x'| / (2 pi) times pi, 1 and 0."""
+    x = torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, 2.0], [-1.0, 0.0], [0.0, 0.0]])
+    found = relu_nngp(x)
+    assert found.dtype == torch.float64
+    assert float(found[0, 1]) == pytest.approx(7.5, rel=1e-14) and float(found[0, 0]) == pytest.approx(4.5, rel=1e-14)
+    assert float(found[0, 2]) == pytest.approx(3 / math.pi, rel=1e-14)
+    assert float(found[0, 3]) == pytest.approx(0.0, abs=1e-14) and not bool(found[4].any())
+    assert torch.equal(found, found.T) and torch.allclose(relu_nngp(7 * x), 49 * found, rtol=1e-13, atol=1e-13)
+
+
+def test_the_relu_kernel_is_the_mean_over_random_relu_features() -> None:
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=draws, dtype=torch.float64)
+    features = (x @ torch.randn(3, 200_000, generator=draws, dtype=torch.float64)).relu()
+    products = features[:, None] * features
+    error = products.std(-1) / 200_000**0.5
+    off = (products.mean(-1) - relu_nngp(x)) / error
+    assert float(off.abs().max()) < 4 and 0.3 < float(off.square().mean()) < 3
+
+
+def test_what_random_relu_features_come_to_is_forecast_from_their_kernel() -> None:
+    """The best errors of 16 to 512 features, on a function of which 200 samples are known: within 20 %."""
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(1200, 5, generator=draws, dtype=torch.float64)
+    y = (x[:, :1] * 2).tanh() * x[:, 1:2] + 0.1 * torch.randn(1200, 1, generator=draws, dtype=torch.float64)
+    kernel = relu_nngp(x)
+    task = task_of(spectrum_of_kernel(kernel[:200, :200], y[:200], centred=False), math.inf)
+    measured = []
+    for k in (16, 64, 512):
+        errors = []
+        for _ in range(4):
+            h = (x @ torch.randn(5, k, generator=draws, dtype=torch.float64)).relu() / k**0.5
+            values, vectors = torch.linalg.eigh(h[:200].T @ h[:200])
+            along = vectors.T @ (h[:200].T @ y[:200])
+            fits = [h[200:] @ (vectors @ (along / (values + d)[:, None])) for d in torch.logspace(-4, 2, 25).tolist()]
+            errors.append(min(float((fit - y[200:]).square().mean()) for fit in fits))
+        measured.append(sum(errors) / 4)
+        assert task.best(200, k).error == pytest.approx(measured[-1], rel=0.2), k
+    assert measured[0] > 1.2 * measured[1] > 1.2 * measured[2]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_both_forms_of_cross_validation_agree_for_a_kernel(centred: bool) -> None:
+    """E_train (n kappa / d)^2 with kappa = 1 / tr (K + d)^-1, and |y - S y|^2 / n over (1 - tr S / n)^2."""
+    draws = torch.Generator().manual_seed(0)
+    x, n = torch.randn(60, 8, generator=draws, dtype=torch.float64), 60
+    y = x[:, :2] + 0.3 * torch.randn(n, 2, generator=draws, dtype=torch.float64)
+    one = torch.eye(n, dtype=torch.float64)
+    # With a mean that is fitted too, in the n - 1 directions beside it.
+    basis = torch.linalg.qr(torch.cat([torch.ones(n, 1, dtype=torch.float64), one[:, 1:]], 1))[0][:, int(centred) :]
+    for kernel in (relu_nngp(x), x @ x.T + 1):
+        ridges = default_ridges(spectrum_of_kernel(kernel, y, centred))[15:]  # an inverse is rounding at smaller ones
+        found = sweep(spectrum_of_kernel(kernel, y, centred), ridges)
+        inside, target = basis.T @ kernel @ basis, basis.T @ y
+        for i, d in enumerate(ridges.tolist()):
+            inverse = torch.linalg.inv(inside + d * torch.eye(len(inside), dtype=torch.float64))
+            off = target - inside @ inverse @ target
+            train = off.square().sum() / (2 * n)
+            first = train * (n * (1 / inverse.trace()) / d) ** 2
+            second = train / ((len(inside) - (inside @ inverse).trace()) / n) ** 2
+            assert float(first) == pytest.approx(float(second), rel=1e-10)
+            assert float(found.test[i]) == pytest.approx(float(first), rel=1e-10)
+            assert float(found.train[i]) == pytest.approx(float(train), rel=1e-10)

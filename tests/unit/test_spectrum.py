@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_recipes.core import spectrum as module
 from lightning_recipes.core.errors import RecipeError
-from lightning_recipes.core.spectrum import Sums, effective_rank, spectrum
+from lightning_recipes.core.spectrum import Sums, effective_rank, spectrum, spectrum_of_kernel
 
 
 def data(n: int, p: int, k: int = 2) -> tuple[Tensor, Tensor]:
@@ -133,3 +133,27 @@ def test_what_has_no_spectrum_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         spectrum(torch.rand(7, 30))
     with pytest.raises(RecipeError, match="a matrix of side 7, and 6 is the most"):
         Sums(7)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("n", "p"), [(40, 7), (7, 40)])
+def test_a_kernel_of_products_has_the_spectrum_of_the_features(n: int, p: int, centred: bool) -> None:
+    x, y = data(n, p)
+    expected, found = spectrum(x, y, centred), spectrum_of_kernel(x.double() @ x.double().T, y, centred)
+    rank = expected.rank()
+    assert found.rank() == rank and (found.samples, found.features, found.centred) == (n, n, centred)
+    assert torch.allclose(found.eigenvalues[:rank], expected.eigenvalues[:rank], rtol=1e-9)
+    assert torch.allclose(found.targets[:rank].square(), expected.targets[:rank].square(), atol=1e-9)
+    assert torch.allclose(found.rest, expected.rest, atol=1e-9)
+    assert found.directions.shape == (0, n)
+
+
+def test_a_kernel_that_is_not_finite_or_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, y = torch.eye(4), torch.ones(4, 1)
+    monkeypatch.setattr(module, "WIDEST", 4)
+    assert spectrum_of_kernel(kernel, y).rank() == 3
+    kernel[1, 2] = kernel[2, 1] = torch.nan
+    with pytest.raises(RecipeError, match="the features are not all finite"):
+        spectrum_of_kernel(kernel, y)
+    with pytest.raises(RecipeError, match="needs a matrix of side 5, and 4 is the most"):
+        spectrum_of_kernel(torch.eye(5), torch.ones(5, 1))

@@ -32,6 +32,20 @@ ROWS = [
         monitors=True,
         network=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 80), nn.ReLU(), nn.Linear(80, 10)),
     ),
+    Row(
+        "more_is_better_relu_nngp",
+        lambda: [MoreIsBetterMonitor(probe_size=64, every_n_steps=3, kernel="relu_nngp", budget=0.8)],
+        monitors=True,
+        network=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)),
+    ),
+    Row(
+        "more_is_better_ntk",
+        lambda: [MoreIsBetterMonitor(probe_size=64, every_n_steps=3, kernel="ntk")],
+        monitors=True,
+        network=lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2), nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(36, 10)
+        ),
+    ),
     # Large ridges: at small ones what rounding leaves of such similar features is blown up beyond 1e-6.
     Row("ridge_refit", lambda: [RidgeRefit(ridges=[3.0, 30.0])], lambda: [RidgeRefit(when="never")]),
 ]
@@ -60,6 +74,44 @@ class SmoothedLoss(Classifier):
         return F.mse_loss(self(x).softmax(1).flatten(), F.one_hot(y, 3).float().flatten())
 
 
+class LinearProbe(Classifier):
+    """A readout on a network that runs without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5)))
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            h = self.net(x)
+        return self.head(h)
+
+
+class TwiceOver(nn.Sequential):
+    """Its last hidden layer is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self[1](self[0](x))
+        return self[3](self[2](self[2](h)))
+
+
+class Stretch(nn.Module):
+    """A feature at many places."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :1, None].expand(-1, 1_200_000, 1)
+
+
+class Few(nn.Module):
+    """The first of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :8, 0]
+
+
 def misuses() -> list[Misuse]:
     monitor, refit = MoreIsBetterMonitor, RidgeRefit
     look = functools.partial(Misuse, "MoreIsBetterMonitor", data=lambda: loader(MANY, LABELS))
@@ -70,6 +122,7 @@ def misuses() -> list[Misuse]:
         argument(monitor, "probe_size must be at least 64; got 63", probe_size=63),
         argument(monitor, rf"{ridges} \[0\]", ridges=[0]),
         argument(monitor, rf"{ridges} \[\]", ridges=[]),
+        argument(monitor, "kernel must be one of 'features', 'relu_nngp', 'ntk'; got 'rbf'", kernel="rbf"),
         argument(monitor, "what_if_k must be multiples that are positive, as", what_if_k=[0.0]),
         argument(monitor, "what_if_n must be multiples that are positive and finite, as", what_if_n=[math.inf]),
         argument(monitor, "every_n_steps must be None or at least 1; got 0", every_n_steps=0),
@@ -127,6 +180,41 @@ def misuses() -> list[Misuse]:
             lambda: [monitor("net.0")],
             Regression,
             data=lambda: loader(_with_a_hole(), LABELS),
+        ),
+        look(
+            "the tangent kernel of the readout alone",
+            "kernel='ntk' needs a layer with parameters before the readout net, and none is called there; use"
+            " kernel='features', which is the kernel of the readout alone",
+            lambda: [monitor(kernel="ntk")],
+            lambda: Classifier(nn.Linear(6, 3)),
+        ),
+        look(
+            "the tangent kernel of a network that has no gradient",
+            r"kernel='ntk' differentiates the outputs of head with respect to a layer before it, and they have no"
+            r" gradient there \(net\.0, net\.2\): the network runs under torch.no_grad, or detaches",
+            lambda: [monitor(kernel="ntk")],
+            LinearProbe,
+        ),
+        look(
+            "the tangent kernel of a layer that is called twice",
+            r"kernel='ntk' takes layers that are called once in a pass; net\.2 \(Linear\) is called 2 times: use"
+            r" kernel='features'",
+            lambda: [monitor(kernel="ntk")],
+            lambda: Classifier(TwiceOver()),
+        ),
+        look(
+            "a kernel matrix of too many samples",
+            "kernel='relu_nngp' makes a matrix of as many rows as there are samples, and 8192 are the most; got 8193:"
+            " take fewer with probe_size=",
+            lambda: [monitor(probe_size=10**6, kernel="relu_nngp")],
+            data=lambda: loader(*samples(8193)),
+        ),
+        look(
+            "more numbers of the tangent kernel than are kept",
+            r"kernel='ntk' keeps 4800000 numbers a sample of net\.1, and 80 samples are too many for that; take 55 at"
+            " most with probe_size=",
+            lambda: [monitor(kernel="ntk")],
+            lambda: Classifier(nn.Sequential(Stretch(), nn.Linear(1, 1), Few(), nn.Linear(8, 3))),
         ),
         write(
             "a layer with other outputs than targets",
