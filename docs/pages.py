@@ -143,7 +143,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
         shows = '<b class="yes">yes</b>' if claim.get("holds") else '<b class="no">not shown</b>'
         figures = [figure_of(claim, "without"), figure_of(claim, "with")]
         rows.append(f"| {cell(claim['claim'])}{metric} | {' | '.join(figures)} | {claim.get('seeds', '')} | {shows} |")
-    return "\n".join(rows)
+    return '<div class="claims" markdown>\n\n' + "\n".join(rows) + "\n\n</div>"
 
 
 def all_evidence() -> str:
@@ -151,7 +151,10 @@ def all_evidence() -> str:
     with_claims = {name: claims for name in sorted(known(), key=str.lower) if (claims := cli.claims(name))}
     held = [sum(bool(claim.get("holds")) for claim in claims) for claims in with_claims.values()]
     of = sum(map(len, with_claims.values()))
-    parts = [f"{sum(held)} of {of} claims of {len(with_claims)} recipes show.", f'<div class="jumps">{FILTER}</div>']
+    parts = [
+        f"{sum(held)} of {of} claims of {len(with_claims)} recipes show.",
+        f'<div class="jumps">{wanted("“forget” or “not shown”")}</div>',
+    ]
     for name, claims in with_claims.items():
         parts.append(f"## [{name}](recipes/{name}.md#evidence) {{ #{name} }}")
         parts.append(f'{prose(known()[name].does)}\n<span class="tally">{tally(claims)}</span>\n{{ .claimed }}')
@@ -166,10 +169,6 @@ def figure_of(claim: Mapping[str, Any], side: str) -> str:
     if not isinstance(value, (int, float)):
         return cell(str(value)) if value is not None else ""
     return f"{value:.3g}\u00a0±\u00a0{spread:.2g}" if isinstance(spread, (int, float)) else f"{value:.3g}"
-
-
-FILTER = '<input type="search" placeholder="Filter, as in “long-tailed” or “LoRA”" aria-label="Filter" hidden>'
-"""Shows what has all the words; ``assets/filter.js`` makes it work."""
 
 
 # -- pictures and the gallery ----------------------------------------------------------------------------------------
@@ -205,18 +204,27 @@ def strip(names: Sequence[str], up: str) -> str:
 def gallery(up: str) -> str:
     """A card a recipe, by folder, with links to the folders on top."""
     jumps = "".join(f'<a href="#{folder}">{title(folder)}</a>' for folder in by_folder())
-    parts = [f'<div class="jumps">{jumps}{FILTER}</div>']
+    parts = [f'<div class="jumps">{jumps}{wanted("“long-tail” or “LoRA”")}</div>']
     for folder, recipes in by_folder().items():
         parts.append(f"## {title(folder)} {{ #{folder} }}\n\n{about(folder)}")
         parts.append(f'<div class="gallery">{"".join(card(recipe, up) for recipe in recipes.values())}</div>')
     return "\n\n".join(parts)
 
 
+def wanted(such: str) -> str:
+    """A field to filter by words; hidden until ``assets/tables.js`` makes it work."""
+    return f'<input type="search" placeholder="Filter, as in {such}" aria-label="Filter" hidden>'
+
+
 def card(recipe: type, up: str) -> str:
-    """One recipe in the gallery: its picture, what it does, when to use it, what it costs, what was measured."""
+    """One recipe in the gallery: its picture, what it does, when to use it, what it costs, what was measured. The
+    filter finds it by its paper's title, too."""
     name, say = recipe.__name__, html.escape
+    says = docstring_parser.parse(inspect.getdoc(recipe) or "")
+    more = [says.short_description, says.long_description, recipe.paper.title if recipe.paper else ""]
     return (
-        f'<a class="card" id="{name}" href="{up}recipes/{name}.html">'
+        f'<a class="card" id="{name}" href="{up}recipes/{name}.html"'
+        f' data-words="{say(" ".join(" ".join(filter(None, more)).split()))}">'
         f'<span class="picture">{images(name, up)}</span>'
         f'<span class="name">{name}</span><span class="does">{say(recipe.does)}</span>'
         f'<span class="fact"><b>Use when</b> {say(recipe.use_when)}</span>'
@@ -249,7 +257,7 @@ def tally(claims: Sequence[Mapping[str, Any]]) -> str:
 
 def modules_and_data() -> str:
     """Tables of what the two packages hold, those of papers with a link to their pages."""
-    parts = [f'<div class="jumps">{FILTER}</div>']
+    parts = [f'<div class="jumps">{wanted("“classifier” or “digits”")}</div>']
     for heading, package, where in (("Modules", modules, "modules"), ("Data modules", datamodules, "datamodules")):
         parts.append(f"## {heading}\n\n`from lightning_recipes.{where} import ...`")
         rows = ["| name | what it is |", "|---|---|"]

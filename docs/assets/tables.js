@@ -11,7 +11,7 @@ document.addEventListener("DOMContentLoaded", () => {
       for (const { name, items, around } of groups) {
         let any = false;
         for (const item of items) {
-          const text = `${name} ${item.textContent}`.toLowerCase();
+          const text = `${name} ${item.textContent} ${item.dataset.words || ""}`.toLowerCase();
           item.hidden = !words.every((word) => text.includes(word));
           any ||= !item.hidden;
         }
@@ -50,7 +50,11 @@ document.addEventListener("DOMContentLoaded", () => {
     table.parentElement.classList.add("stacked");
     for (const row of table.tBodies[0].rows)
       [...row.cells].forEach((cell, i) => {
-        if (i > 0 && columns.length > 2 && cell.textContent.trim()) cell.dataset.column = columns[i];
+        if (i === 0 || columns.length === 2 || !cell.textContent.trim()) return;
+        const inside = document.createElement("span");
+        inside.append(...cell.childNodes);
+        cell.append(inside);
+        cell.dataset.column = columns[i];
       });
   }
 });
