@@ -62,8 +62,8 @@ from lightning_recipes.callbacks import (
     SVFit,
     WiSEFT,
 )
-from lightning_recipes.callbacks.adapters.class_weights import BALANCED_EUROSAT
 from lightning_recipes.callbacks.continual.slca import begin_rows_
+from lightning_recipes.callbacks.robustness.class_weights import BALANCED_EUROSAT
 from lightning_recipes.core.random import generator
 from lightning_recipes.datamodules import LinearPrior
 from lightning_recipes.modules import ImageClassifier, PFNModule

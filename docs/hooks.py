@@ -5,8 +5,10 @@ Nothing that is written here lands in the repository. A page in ``docs/`` may sa
     <!-- gallery -->                                  the cards of all recipes
     <!-- strip of pictures: Name, Name -->            some of their pictures
     <!-- modules and data -->                         what ``modules`` and ``datamodules`` hold
+    <!-- all evidence -->                             the claims of every recipe, under its name
     <!-- include FILE -->                             a Markdown file of the repository, without its title
     <!-- include FILE only: Section; Section -->      those of its sections
+    <!-- include FILE text of: Section -->           one section without its heading
     <!-- include FILE but for: Section; Section -->   all but those; 'intro' is what stands before the first
 """
 
@@ -35,9 +37,11 @@ LINKS = {"CONTRIBUTING.md": "write-a-recipe.md", "README.md": "index.md"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Set the navigation: the recipes by folder, the tutorials that there are."""
-    tutorials = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / "tutorials").glob("*.md"))
-    tutorials.sort(key=lambda path: not path.endswith("/index.md"))
+    """Set the navigation: the recipes by folder, the tutorials in the order of their own index."""
+    index = (DOCS / "tutorials" / "index.md").read_text(encoding="utf-8")
+    tutorials = [
+        f"tutorials/{name}" for name in ("index.md", *re.findall(r"^\d+\. \[.*?\]\((\w+\.md)\)", index, re.MULTILINE))
+    ]
     folders = pages.by_folder()
     recipes = [{pages.title(folder): [pages.path(name) for name in found]} for folder, found in folders.items()]
     config.nav = [
@@ -45,8 +49,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         "gallery.md",
         {"Recipes": recipes},
         "modules-and-data.md",
-        *([{"Tutorials": tutorials}] if tutorials else []),
+        {"Tutorials": tutorials},
         "evidence.md",
+        "compared.md",
         "write-a-recipe.md",
     ]
     return config
@@ -81,6 +86,8 @@ def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: File
             return pages.gallery(up)
         if what == "modules and data":
             return pages.modules_and_data()
+        if what == "all evidence":
+            return pages.all_evidence()
         if what.startswith("strip of pictures:"):
             return pages.strip([name.strip() for name in what.partition(":")[2].split(",")], up)
         if what.startswith("include "):
@@ -97,7 +104,7 @@ def include(what: str) -> str:
     Raises:
         PluginError: there is no such file or section.
     """
-    parts = re.fullmatch(r"(\S+)(?: (only|but for): (.*))?", what)
+    parts = re.fullmatch(r"(\S+)(?: (only|text of|but for): (.*))?", what)
     if parts is None or not (ROOT / parts[1]).is_file():
         raise PluginError(f"cannot include {what!r}: there is no such file in the repository")
     text = (ROOT / parts[1]).read_text(encoding="utf-8")
@@ -110,6 +117,8 @@ def include(what: str) -> str:
         raise PluginError(f"{parts[1]} has no section {unknown[0]!r}; it has {', '.join(found)}")
     if parts[2] == "only":
         found = {name: found[name] for name in named}
+    elif parts[2] == "text of":
+        found = {name: found[name].partition("\n")[2] for name in named}
     elif parts[2]:
         found = {name: piece for name, piece in found.items() if name not in named}
     text = "\n".join(piece.strip() + "\n" for piece in found.values())

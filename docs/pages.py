@@ -13,9 +13,14 @@ from typing import Any
 import docstring_parser
 from pictures import PICTURES
 
-from lightning_recipes import callbacks, cli, datamodules, modules
+from lightning_recipes import cli, datamodules, modules
 
-TITLES = {"datamodules": "Data modules"}
+TITLES = {
+    "continual": "Continual learning",
+    "datamodules": "Data modules",
+    "finetuning": "Fine-tuning",
+    "resume": "Resuming a run",
+}
 LAST = ("modules", "datamodules")
 SAYS = {
     "modules": "LightningModules that a paper brings.",
@@ -60,7 +65,9 @@ def about(folder: str) -> str:
 def page(recipe: type) -> str:
     """A recipe's page: picture, what it does and costs, how to use it, its arguments, its maths and its evidence."""
     name = recipe.__name__
-    parts = [f"---\ntitle: {name}\nhide: [toc]\n---", f"# {name}", f"{prose(recipe.does)}\n{{ .does }}"]
+    folder = cli.purpose(recipe)
+    where = f"[Gallery](../gallery.md) / [{title(folder)}](../gallery.md#{folder})\n{{ .trail }}"
+    parts = [f"---\ntitle: {name}\nhide: [toc]\n---", where, f"# {name}", f"{prose(recipe.does)}\n{{ .does }}"]
     parts += ['<div class="top" markdown>', figure(name, "../"), terms(facts(recipe)), "</div>"]
     parts += [*use(recipe), *how_it_works(recipe), "## Arguments"]
     declared = [(f"`{name}{kind}`", prose(says)) for name, kind, says in cli.documented_arguments(recipe)]
@@ -74,6 +81,7 @@ def facts(recipe: type) -> list[tuple[str, str]]:
     """Those of the card, with links."""
     found: list[tuple[str, str]] = []
     for label, text in cli.facts(recipe):
+        text = text[:1].upper() + text[1:] if label == "Runs on" else text
         text = f"<{text}>" if text.startswith("https://") else prose(text)
         if label:
             found.append((label, text))
@@ -121,15 +129,38 @@ def evidence(name: str) -> str:
     claims = cli.claims(name)
     if not claims:
         return "None recorded yet: nothing is claimed of this one that a small experiment could show."
+    settings = list(dict.fromkeys(claim["setting"] for claim in claims if claim.get("setting")))
+    details = "\n".join(f"    - {prose(setting)}" for setting in settings)
+    parts = [claims_table(claims), f'??? note "Settings"\n\n{details}' if settings else ""]
+    return "\n\n".join([*parts, f"[The claims of all recipes](../evidence.md#{name})"])
+
+
+def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
+    """What was measured, a row a claim; what does not show stands there like the rest."""
     rows = ["| claim | without | with | seeds | shows |", "|---|---|---|---|---|"]
     for claim in claims:
         metric = f"<br><small>{cell(claim['metric'])}</small>" if claim.get("metric") else ""
-        shows = "yes" if claim.get("holds") else "**not shown**"
+        shows = '<b class="yes">yes</b>' if claim.get("holds") else '<b class="no">not shown</b>'
         figures = [figure_of(claim, "without"), figure_of(claim, "with")]
         rows.append(f"| {cell(claim['claim'])}{metric} | {' | '.join(figures)} | {claim.get('seeds', '')} | {shows} |")
-    settings = list(dict.fromkeys(claim["setting"] for claim in claims if claim.get("setting")))
-    details = "\n".join(f"    - {prose(setting)}" for setting in settings)
-    return "\n".join(rows) + (f'\n\n??? note "Settings"\n\n{details}' if settings else "")
+    return '<div class="claims" markdown>\n\n' + "\n".join(rows) + "\n\n</div>"
+
+
+def all_evidence() -> str:
+    """The claims of every recipe under its name, so that each can be found and linked to; then who has none."""
+    with_claims = {name: claims for name in sorted(known(), key=str.lower) if (claims := cli.claims(name))}
+    held = [sum(bool(claim.get("holds")) for claim in claims) for claims in with_claims.values()]
+    of = sum(map(len, with_claims.values()))
+    parts = [
+        f"{sum(held)} of {of} claims of {len(with_claims)} recipes show.",
+        f'<div class="jumps">{wanted("“forget” or “not shown”")}</div>',
+    ]
+    for name, claims in with_claims.items():
+        parts.append(f"## [{name}](recipes/{name}.md#evidence) {{ #{name} }}")
+        parts.append(f'{prose(known()[name].does)}\n<span class="tally">{tally(claims)}</span>\n{{ .claimed }}')
+        parts.append(claims_table(claims))
+    without = ", ".join(f"`{name}`" for name in sorted(known(), key=str.lower) if name not in with_claims)
+    return "\n\n".join([*parts, f"## No claim measured {{ #none }}\n\n{without}."])
 
 
 def figure_of(claim: Mapping[str, Any], side: str) -> str:
@@ -173,19 +204,27 @@ def strip(names: Sequence[str], up: str) -> str:
 def gallery(up: str) -> str:
     """A card a recipe, by folder, with links to the folders on top."""
     jumps = "".join(f'<a href="#{folder}">{title(folder)}</a>' for folder in by_folder())
-    search = '<input type="search" placeholder="Filter, as in “long-tailed” or “LoRA”" aria-label="Filter" hidden>'
-    parts = [f'<div class="jumps">{jumps}{search}</div>']
+    parts = [f'<div class="jumps">{jumps}{wanted("“long-tail” or “LoRA”")}</div>']
     for folder, recipes in by_folder().items():
         parts.append(f"## {title(folder)} {{ #{folder} }}\n\n{about(folder)}")
         parts.append(f'<div class="gallery">{"".join(card(recipe, up) for recipe in recipes.values())}</div>')
     return "\n\n".join(parts)
 
 
+def wanted(such: str) -> str:
+    """A field to filter by words; hidden until ``assets/tables.js`` makes it work."""
+    return f'<input type="search" placeholder="Filter, as in {such}" aria-label="Filter" hidden>'
+
+
 def card(recipe: type, up: str) -> str:
-    """One recipe in the gallery: its picture, what it does, when to use it, what it costs, what was measured."""
+    """One recipe in the gallery: its picture, what it does, when to use it, what it costs, what was measured. The
+    filter finds it by its paper's title, too."""
     name, say = recipe.__name__, html.escape
+    says = docstring_parser.parse(inspect.getdoc(recipe) or "")
+    more = [says.short_description, says.long_description, recipe.paper.title if recipe.paper else ""]
     return (
-        f'<a class="card" id="{name}" href="{up}recipes/{name}.html">'
+        f'<a class="card" id="{name}" href="{up}recipes/{name}.html"'
+        f' data-words="{say(" ".join(" ".join(filter(None, more)).split()))}">'
         f'<span class="picture">{images(name, up)}</span>'
         f'<span class="name">{name}</span><span class="does">{say(recipe.does)}</span>'
         f'<span class="fact"><b>Use when</b> {say(recipe.use_when)}</span>'
@@ -199,13 +238,18 @@ def shown(name: str) -> str:
     claims = cli.claims(name)
     if not claims:
         return "nothing to measure" if known()[name].paper is None else "no claim measured yet"
-    held = sum(bool(claim.get("holds")) for claim in claims)
-    dots = "".join(f'<i class="{"yes" if claim.get("holds") else "no"}"></i>' for claim in claims)
     first = claims[0]
     figures = f"{first['without']:.3g} → {first['with']:.3g}" if isinstance(first.get("with"), (int, float)) else ""
     what = html.escape(str(first.get("metric", "")))
     measured = f'<span class="first">{what}: {figures}</span>' if figures and what else ""
-    return f'<span class="dots">{dots}</span>{held} of {len(claims)} shown{measured}'
+    return f"{tally(claims)}{measured}"
+
+
+def tally(claims: Sequence[Mapping[str, Any]]) -> str:
+    """A dot a claim, and how many show."""
+    held = sum(bool(claim.get("holds")) for claim in claims)
+    dots = "".join(f'<i class="{"yes" if claim.get("holds") else "no"}"></i>' for claim in claims)
+    return f'<span class="dots">{dots}</span>{held} of {len(claims)} shown'
 
 
 # -- modules and data ------------------------------------------------------------------------------------------------
@@ -213,7 +257,7 @@ def shown(name: str) -> str:
 
 def modules_and_data() -> str:
     """Tables of what the two packages hold, those of papers with a link to their pages."""
-    parts = []
+    parts = [f'<div class="jumps">{wanted("“classifier” or “digits”")}</div>']
     for heading, package, where in (("Modules", modules, "modules"), ("Data modules", datamodules, "datamodules")):
         parts.append(f"## {heading}\n\n`from lightning_recipes.{where} import ...`")
         rows = ["| name | what it is |", "|---|---|"]
@@ -223,7 +267,6 @@ def modules_and_data() -> str:
             says = found.does if name in known() else (inspect.getdoc(found) or "").split("\n\n")[0]
             rows.append(f"| `{name}` | {cell(' '.join(says.split()))} |")
         parts.append("\n".join(rows))
-    parts.append(f"{len(callbacks.__all__)} callbacks attach to any of them: the [gallery](gallery.md) has them all.")
     return "\n\n".join(parts)
 
 

@@ -5,50 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lightning_recipes.callbacks.adapters.class_weights import effective_number, inverse
 from lightning_recipes.callbacks.adapters.glad import ascent, mixed
 from lightning_recipes.callbacks.adapters.pego import orthogonality, overlaps
 from lightning_recipes.callbacks.adapters.sara import quantiles, small
 from lightning_recipes.callbacks.adapters.subgm import decay_for, subgradient, subgradient_step
 from lightning_recipes.callbacks.adapters.svfit import decompose, merged, rank_for
-from lightning_recipes.datamodules.long_tailed import exponential_profile
 from lightning_recipes.datamodules.matrix_sensing import low_rank
 from lightning_recipes.modules.balanced_attention import fused
-from lightning_recipes.modules.drop_block import kept, rates, seed_rate
 from lightning_recipes.modules.low_rank_recovery import measure
 from pictures import BLUE, FAINT, INK, ORANGE, RED, VIOLET, arrow, bare, digit, draws, image, tiles, whole
 from pictures.small_nets import valley
-
-
-@draws("ClassWeights")
-def class_weights(figure):
-    """Ten classes on a long tail, and the weights that their samples get: by inverse frequency, and by the effective
-    number of samples, which levels off."""
-    counts = exponential_profile(500, 10, 100)
-    many, weights = figure.subplots(1, 2)
-    many.bar(range(10), counts, color=FAINT, width=0.7)
-    many.set(title="samples of a class", xlabel="class", xticks=[0, 9])
-    weights.plot(inverse(torch.tensor(counts)), color=ORANGE, marker="o", markersize=2.5, label="inverse")
-    for beta, tone in ((0.99, BLUE), (0.9, VIOLET)):
-        label = f"β {beta:g}"
-        weights.plot(effective_number(torch.tensor(counts), beta), color=tone, marker="o", markersize=2.5, label=label)
-    weights.set(title="weight of a class", xlabel="class", yscale="log", xticks=[0, 9], yticks=[0.1, 1, 10])
-    weights.yaxis.set_major_formatter("{x:g}")
-    weights.minorticks_off()
-    weights.legend()
-
-
-@draws("DropBlock")
-def drop_block(figure):
-    """Feature maps of three depths: squares are left out (orange), more of them the deeper the map."""
-    draws_ = torch.Generator().manual_seed(3)
-    for axes, p in zip(figure.subplots(1, 3), rates((0.05, 0.25), 3)):
-        seeds = (torch.rand(1, 1, 12, 12, generator=draws_) < seed_rate(p, 3, 12, 12)).float()
-        keep = kept(seeds, 3)[0, 0].numpy()
-        map_ = 0.25 + 0.5 * torch.rand(12, 12, generator=draws_).numpy()
-        bare(axes, f"p = {p:.0%}").set_aspect("equal")
-        tiles(axes, np.where(keep > 0, map_, 0.95), tones=np.where(keep > 0, BLUE, ORANGE))
-    figure.axes[1].set_xlabel("depth →")
 
 
 @draws("GLAD")

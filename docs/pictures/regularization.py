@@ -12,6 +12,7 @@ from lightning_recipes.callbacks.regularization.hypothesis_weight import reach
 from lightning_recipes.callbacks.regularization.langevin_mixture import noise_deviation
 from lightning_recipes.callbacks.regularization.normalized_gd import normalized_logistic_gd
 from lightning_recipes.callbacks.regularization.ps_kd import growth, refined
+from lightning_recipes.modules.drop_block import kept, rates, seed_rate
 from pictures import BLUE, FAINT, INK, ORANGE, bare, box, draws, scheme, tiles, whole
 
 
@@ -132,3 +133,16 @@ def langevin_mixture(figure):
     axes.plot(*torch.stack(plain[:60]).T.numpy(), color=ORANGE, linewidth=1.2)
     axes.plot(0, 0, marker="o", color=ORANGE)
     bare(axes)
+
+
+@draws("DropBlock")
+def drop_block(figure):
+    """Feature maps of three depths: squares are left out (orange), more of them the deeper the map."""
+    draws_ = torch.Generator().manual_seed(3)
+    for axes, p in zip(figure.subplots(1, 3), rates((0.05, 0.25), 3)):
+        seeds = (torch.rand(1, 1, 12, 12, generator=draws_) < seed_rate(p, 3, 12, 12)).float()
+        keep = kept(seeds, 3)[0, 0].numpy()
+        map_ = 0.25 + 0.5 * torch.rand(12, 12, generator=draws_).numpy()
+        bare(axes, f"p = {p:.0%}").set_aspect("equal")
+        tiles(axes, np.where(keep > 0, map_, 0.95), tones=np.where(keep > 0, BLUE, ORANGE))
+    figure.axes[1].set_xlabel("depth →")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lightning_recipes.callbacks.robustness.aaer import abnormal_statistics
 from lightning_recipes.callbacks.robustness.backdoor_adjustment import fuse
+from lightning_recipes.callbacks.robustness.class_weights import effective_number, inverse
 from lightning_recipes.callbacks.robustness.cosine_head import cosine_logits
 from lightning_recipes.callbacks.robustness.logit_adjustment import adjusted, log_prior
 from lightning_recipes.core.attacks import fgsm, pgd
@@ -180,3 +181,21 @@ def robust_accuracy_monitor(figure):
         curve.plot(radii, curves[name], color=tone, label=name, marker="o", markersize=2.5)
     curve.set(title="accuracy", xlabel="ε", ylim=(0, 1), yticks=[0, 1], xticks=[0, 0.2])
     curve.legend()
+
+
+@draws("ClassWeights")
+def class_weights(figure):
+    """Ten classes on a long tail, and the weights that their samples get: by inverse frequency, and by the effective
+    number of samples, which levels off."""
+    counts = exponential_profile(500, 10, 100)
+    many, weights = figure.subplots(1, 2)
+    many.bar(range(10), counts, color=FAINT, width=0.7)
+    many.set(title="samples of a class", xlabel="class", xticks=[0, 9])
+    weights.plot(inverse(torch.tensor(counts)), color=ORANGE, marker="o", markersize=2.5, label="inverse")
+    for beta, tone in ((0.99, BLUE), (0.9, VIOLET)):
+        label = f"β {beta:g}"
+        weights.plot(effective_number(torch.tensor(counts), beta), color=tone, marker="o", markersize=2.5, label=label)
+    weights.set(title="weight of a class", xlabel="class", yscale="log", xticks=[0, 9], yticks=[0.1, 1, 10])
+    weights.yaxis.set_major_formatter("{x:g}")
+    weights.minorticks_off()
+    weights.legend()

@@ -1,7 +1,5 @@
 """The recipes, by name: ``from lightning_recipes.callbacks import AAER``. The folders are for the reader."""
 
-from lightning_recipes.callbacks.adapters.class_weights import ClassWeights
-from lightning_recipes.callbacks.adapters.drop_block import DropBlock
 from lightning_recipes.callbacks.adapters.glad import GLAD
 from lightning_recipes.callbacks.adapters.insert_attention import InsertAttention
 from lightning_recipes.callbacks.adapters.pego import PEGO
@@ -27,6 +25,7 @@ from lightning_recipes.callbacks.finetuning.mixing import CutMix, Mixup
 from lightning_recipes.callbacks.finetuning.pre_post_monitor import PrePostMonitor
 from lightning_recipes.callbacks.finetuning.progressive_unfreezing import ProgressiveUnfreezing
 from lightning_recipes.callbacks.finetuning.projection_head import ProjectionHead
+from lightning_recipes.callbacks.regularization.drop_block import DropBlock
 from lightning_recipes.callbacks.regularization.gradient_noise import GradientNoise
 from lightning_recipes.callbacks.regularization.guidance import Guidance
 from lightning_recipes.callbacks.regularization.hypothesis_weight import HypothesisWeightMonitor
@@ -38,6 +37,7 @@ from lightning_recipes.callbacks.robustness.aaer import AAER
 from lightning_recipes.callbacks.robustness.adaptformer import AdaptFormer
 from lightning_recipes.callbacks.robustness.adaptive_smoothing import AdaptiveSmoothing
 from lightning_recipes.callbacks.robustness.backdoor_adjustment import BackdoorAdjustment
+from lightning_recipes.callbacks.robustness.class_weights import ClassWeights
 from lightning_recipes.callbacks.robustness.cosine_head import CosineHead
 from lightning_recipes.callbacks.robustness.logit_adjustment import LogitAdjustment
 from lightning_recipes.callbacks.robustness.long_tail import LongTailMonitor

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import random
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 from benchmarks import __main__ as command
 from benchmarks import cases, loops, turns
 from benchmarks.cases import CASES, build
+from benchmarks.loops import finetuning
 from benchmarks.turns import Settings
 from lightning_recipes.callbacks.adapters import sara
 from lightning_recipes.core import noise
@@ -56,7 +58,7 @@ def same_noise(monkeypatch):
         generator = torch.Generator().manual_seed(1)
         monkeypatch.setattr(torch, "rand_like", lambda x, **dtype: torch.rand(x.shape, generator=generator))
         draws = random.Random(1)
-        monkeypatch.setattr(loops, "random", draws)
+        monkeypatch.setattr(finetuning, "random", draws)
         monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.tensor(draws.sample(range(count), count)))
 
     def mix_by_hand(mixing, recipe, step, x):
@@ -122,7 +124,7 @@ def test_the_loop_by_hand_ends_with_the_weights_of_the_recipe(name, same_noise, 
     by_hand = copy.deepcopy(start)
     same_noise()
     torch.manual_seed(0)  # what a recipe's seed gives the parts that it makes
-    case.loop(by_hand, data(steps), loops.nullcontext)
+    case.loop(by_hand, data(steps), nullcontext)
 
     expected, found, before = module.net.state_dict(), folded(by_hand), start.state_dict()
     expected = {key.removeprefix("base."): value for key, value in expected.items()}  # a kept ensemble's

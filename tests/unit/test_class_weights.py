@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_recipes.callbacks import ClassWeights, Mixup
-from lightning_recipes.callbacks.adapters.class_weights import BALANCED_EUROSAT, effective_number, inverse
+from lightning_recipes.callbacks.robustness.class_weights import BALANCED_EUROSAT, effective_number, inverse
 from lightning_recipes.core.criterion import Call
 from lightning_recipes.core.errors import RecipeError
 from tests.stock import Classifier, loader, mlp, quiet, same, samples, weights

@@ -106,6 +106,31 @@ def test_the_gallery_is_in_the_navigation_and_shows_every_claim(site: Path) -> N
     assert 0 < held < shown
 
 
+def test_the_evidence_has_every_claim_under_its_recipe_and_each_page_links_to_the_other(site: Path) -> None:
+    html_ = (site / "evidence.html").read_text(encoding="utf-8")
+    page, said = Read(site / "evidence.html"), words(Read(site / "evidence.html").text)
+    starts = [(html_.index(f'<h2 id="{name}"'), name) for name in NAMES if cli.claims(name)]
+    for (start, name), (end, _) in zip(sorted(starts), [*sorted(starts)[1:], (html_.index('<h2 id="none"'), "")]):
+        assert html_[start:end].count("<tr>") == 1 + len(cli.claims(name)), name
+        assert f"recipes/{name}.html#evidence" in page.links
+        assert f"../evidence.html#{name}" in Read(site / "recipes" / f"{name}.html").links
+        for claim in cli.claims(name):
+            assert words(claim["claim"]) in said
+    held = sum(bool(claim["holds"]) for name in NAMES for claim in cli.claims(name))
+    total = sum(len(cli.claims(name)) for name in NAMES)
+    assert f"{held} of {total} claims of {len(starts)} recipes show." in said
+    assert all(f"recipes/{name}.html" in page.links for name in NAMES), "a recipe without a claim is named too"
+
+
+def test_the_tutorials_are_listed_in_the_order_of_their_index(site: Path) -> None:
+    index = (site / "tutorials" / "index.html").read_text(encoding="utf-8")
+    nav = index[: index.index("<article")]
+    places = [
+        nav.index(f'href="{name}.html"') for name in ("few_images", "robust_classifier", "ten_tasks", "eight_gpus")
+    ]
+    assert places == sorted(places)
+
+
 def test_no_link_is_dead_and_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     pages = {path.relative_to(site).as_posix(): Read(path) for path in site.rglob("*.html")}
     assert len(pages) > len(NAMES) + 5

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_recipes.callbacks import AAER, DropBlock
-from lightning_recipes.callbacks.adapters.drop_block import ramp
+from lightning_recipes.callbacks.regularization.drop_block import ramp
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.modules import BalancedNet, CifarResNet, SmallCNN
 from tests.stock import Classifier, Watch, loader, quiet, same, weights

@@ -473,7 +473,8 @@ def test_an_error_in_mid_step_leaves_a_checkpoint_that_says_so(tmp_path: Path) -
 
 @pytest.mark.parametrize("batch", [3, 7, 9])
 def test_a_sigterm_leaves_an_exact_checkpoint(batch: int, tmp_path: Path) -> None:
-    """Preemption: Lightning ends the run at the next boundary and its OnExceptionCheckpoint saves."""
+    """Preemption: Lightning ends the run at the next boundary and its OnExceptionCheckpoint saves. The exit code says
+    that the run is not done."""
 
     class Preempted(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -481,9 +482,10 @@ def test_a_sigterm_leaves_an_exact_checkpoint(batch: int, tmp_path: Path) -> Non
                 os.kill(os.getpid(), signal.SIGTERM)
 
     whole = fit([ExactResume()])
-    with warnings.catch_warnings(), pytest.raises(SIGTERMException):
+    with warnings.catch_warnings(), pytest.raises(SIGTERMException) as stop:
         warnings.filterwarnings("error", message=".*will not be exact")
         fit([ExactResume(), Preempted(), OnExceptionCheckpoint(tmp_path)])
+    assert stop.value.code == 143
     assert differing(whole, fit([ExactResume()], ckpt=tmp_path / "on_exception.ckpt")) == []
 
 

@@ -71,8 +71,9 @@ def _fit(callbacks: list[Callback], ckpt: Path | None = None, stopped: Callable[
     if stopped is None:
         trainer.fit(module, *loaders, ckpt_path=ckpt)
         return ended(module, trainer)
-    with pytest.raises(SIGTERMException):
+    with pytest.raises(SIGTERMException) as stop:
         trainer.fit(module, *loaders)
+    assert stop.value.code == (None if trainer.local_rank else 143)  # a launcher would kill rank 0 if rank 1 failed
     stopped(trainer)
     assert not any(isinstance(each, Patch) for each in vars(trainer._signal_connector).values())
     assert not any(isinstance(each, Patch) for each in vars(trainer.fit_loop.epoch_loop).values())

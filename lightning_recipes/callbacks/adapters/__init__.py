@@ -1,1 +1,1 @@
-"""Recipes that adapt a frozen network by small added parameters."""
+"""Recipes that put small parts into a network, or train a few of its numbers: factors, entries, singular values."""

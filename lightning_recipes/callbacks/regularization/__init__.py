@@ -1,1 +1,1 @@
-"""Recipes that regularise training: noise, targets, a guide, and how often data are seen."""
+"""Recipes that regularise training: noise, what is left out, targets, a guide, and how often data are seen."""

@@ -1,1 +1,1 @@
-"""Recipes against adversaries, and the measures of it."""
+"""Recipes for what training does badly by: adversaries, rare classes, biased pre-training; and the measures of it."""
