@@ -685,15 +685,15 @@ def test_a_resume_reads_the_file_again_and_refuses_another_one(tmp_path: Path) -
     make = lambda where: PSKD(targets=where)  # noqa: E731
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     whole = Classifier()
-    fit(whole, make(path), keep, enable_checkpointing=True)
+    fit(whole, ExactResume(), make(path), keep, enable_checkpointing=True)
     ckpt = tmp_path / "step=6.ckpt"
     assert torch.load(ckpt, weights_only=True)["callbacks"]["PSKD"]["state"]["table"] is None
     again = Classifier()
-    fit(again, make(written(tmp_path / "moved")), ckpt_path=ckpt)
+    fit(again, ExactResume(), make(written(tmp_path / "moved")), ckpt_path=ckpt)
     assert same(weights(whole), weights(again))
     for other in (written(tmp_path / "b", seed=6), None):
         with pytest.raises(RecipeError, match="holds other soft targets than the run of the checkpoint had"):
-            fit(Classifier(), make(other), ckpt_path=ckpt)
+            fit(Classifier(), ExactResume(), make(other), ckpt_path=ckpt)
 
 
 def test_targets_that_do_not_fit_are_refused(tmp_path: Path) -> None:

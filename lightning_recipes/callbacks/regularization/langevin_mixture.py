@@ -562,9 +562,9 @@ class LangevinMixture(Recipe):
     def _collect(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Keep a sample, if one is due; all ranks together."""
         sample = None
-        if self._fresh and trainer.current_epoch == 0 and self.max_samples > 1:
+        if self._fresh and trainer.current_epoch == 0:
             sample = self._copied(trainer, module)
-            self._ring = [*self._ring, (self._steps, sample)][1 - self.max_samples :]
+            self._ring = [*self._ring, (self._steps, sample)][-self.max_samples :]
         due, self._due, self._fresh = self._due, False, False
         if not due:
             return
@@ -603,9 +603,10 @@ class LangevinMixture(Recipe):
         part, held = part_of(module, self.forward), []
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            found = self._every(members, args, kwargs)
-            held.extend([] if held else found)
-            return found[-1]
+            if held:  # called again in the step: what counts is the first
+                return part(*args, **kwargs)
+            held.extend(self._every(members, args, kwargs))
+            return held[-1]
 
         undo = replace_outputs(part, "LangevinMixture", None, run)
         try:
@@ -646,8 +647,10 @@ class LangevinMixture(Recipe):
         return found
 
     def _experts(self) -> list[Mapping[str, Tensor]]:
-        """The earlier weights of the first epoch, and the ones at hand."""
-        return [*(self._opened(sample) for step, sample in self._ring if step < self._steps), {}]
+        """The last earlier weights of the first epoch, and the ones at hand."""
+        earlier = [sample for step, sample in self._ring if step < self._steps]
+        kept = earlier[max(len(earlier) - self.max_samples + 1, 0) :]
+        return [*map(self._opened, kept), {}]
 
     def _score(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, number: int) -> None:
         """Add a batch to the code, before it is trained on."""
@@ -846,8 +849,9 @@ class LangevinMixture(Recipe):
             return
         if self._seen is None:
             where = "the module" if self.forward == "forward" else repr(self.forward)
+            what = "no logits [n, classes]" if self.log_prob is None else "nothing"
             raise RecipeError(
-                f"LangevinMixture: no logits [n, classes] came out of {where} in the evaluation step; name the"
+                f"LangevinMixture: {what} came out of {where} in the evaluation step; name the"
                 " submodule that it calls on its inputs with forward='NAME'"
             )
         labels = labels_in(batch)
