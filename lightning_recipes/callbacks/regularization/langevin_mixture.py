@@ -277,7 +277,7 @@ class LangevinMixture(Recipe):
         inject: Literal["param", "grad"] = "param",
         evaluate: Sequence[str] = STAGES,
         forward: str = "forward",
-        log_prob: Callable[[Tensor, Tensor], Tensor] | None = None,
+        log_prob: Callable | None = None,  # with the types of its arguments jsonargparse takes no class for one
         prequential: bool = False,
         distill: str | None = None,
     ) -> None:
@@ -484,7 +484,8 @@ class LangevinMixture(Recipe):
             ):
                 seen = observe(trainer, pl_module, batch, 0)
                 if self.log_prob is not None:
-                    self._check_scale(seen)
+                    if seen.own_loss is not None:
+                        self._check_scale(seen)
                     return
         except RecipeError:
             return  # a loss that cannot be seen is taken for what it should be
@@ -506,14 +507,14 @@ class LangevinMixture(Recipe):
         try:
             nll = -self.log_prob(seen.logits, seen.targets).mean()
             (wanted,) = torch.autograd.grad(nll, seen.logits, retain_graph=True)
+            (found,) = torch.autograd.grad(seen.own_loss, seen.logits)
         except (RuntimeError, IndexError):
             return  # the loss gets another form of the outputs than log_prob does
-        (found,) = torch.autograd.grad(seen.loss, seen.logits)
         found, wanted = found.float(), wanted.float()
         factor = float((found * wanted).sum() / wanted.square().sum())
         if not torch.allclose(found, wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max())):
             rank_zero_warn(
-                f"LangevinMixture: the loss that trains ({seen.call.name}) is {factor:.3g} times the mean of -log_prob"
+                f"LangevinMixture: the loss that trains is {factor:.3g} times the mean of -log_prob"
                 " and not that mean: the posterior that is sampled is not that of log_prob. Train on"
                 " -log_prob(outputs, targets).mean(), or on what differs from it by a constant"
             )
@@ -656,7 +657,8 @@ class LangevinMixture(Recipe):
         """Add a batch to the code, before it is trained on."""
         with apart(trainer, self.seed, "LangevinMixture/prequential", number), buffers_of_rank_zero(trainer):
             outputs, labels = self._outputs(module, batch, number, self._experts())
-            found = all_sum(code_lengths(self._log_probs(outputs, labels)))
+            with torch.no_grad():
+                found = all_sum(code_lengths(self._log_probs(outputs, labels)))
         self._code = found if self._code is None else self._code + found
         values = self._code[:2].float().unbind()
         self.log_dict(dict(zip(("bayes/prequential", "bayes/prequential_last"), values)), rank_zero_only=False)
@@ -679,7 +681,8 @@ class LangevinMixture(Recipe):
 
         def run(batch: Any, number: int) -> Tensor:
             outputs, labels = self._outputs(module, batch, number, members)
-            held["rows"] = rows(outputs, labels)
+            with torch.no_grad():
+                held["rows"] = rows(outputs, labels)
             return labels
 
         samples = samples_at_hand(trainer)
