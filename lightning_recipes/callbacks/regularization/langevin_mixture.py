@@ -202,8 +202,8 @@ class LangevinMixture(Recipe):
     that (for :class:`~lightning_recipes.core.likelihood.GaussianLogProb` the mixture's mean), else those of the weights
     that train. A loss that is not the mean of ``-log_prob`` samples another posterior, and a warning says so.
 
-    With `prequential` the first epoch logs ``bayes/prequential``, the code length in nats of all labels so far, and
-    ``bayes/prequential_last``, the same by the weights at hand alone: what mixing saves is the difference. The mixture
+    With `prequential` the first epoch logs ``bayes/prequential``, the code length in nats of all labels so far, of
+    all ranks, and ``bayes/prequential_last``, the same by the weights at hand alone: what mixing saves is the difference. The mixture
     is of the weights at hand and those after every `sample_every`-th step, the last ``max_samples - 1``, without a
     burn-in: until there are any the weights at hand are the one expert. When the epoch is over ``bayes/regret`` is the
     code length less the log-loss of the best of these members on the same samples; left out where they were not each
