@@ -202,13 +202,14 @@ class LangevinMixture(Recipe):
     that (for :class:`~lightning_recipes.core.likelihood.GaussianLogProb` the mixture's mean), else those of the weights
     that train. A loss that is not the mean of ``-log_prob`` samples another posterior, and a warning says so.
 
-    With `prequential` the first epoch logs ``bayes/prequential``, the code length in nats of all labels so far, of
-    all ranks, and ``bayes/prequential_last``, the same by the weights at hand alone: what mixing saves is the difference. The mixture
-    is of the weights at hand and those after every `sample_every`-th step, the last ``max_samples - 1``, without a
-    burn-in: until there are any the weights at hand are the one expert. When the epoch is over ``bayes/regret`` is the
-    code length less the log-loss of the best of these members on the same samples; left out where they were not each
-    scored once (a part of the data, samples drawn anew) or come with a random transform. All of it in eval mode, on the
-    module's own step with what stands before the changes of other recipes; training changes by no bit.
+    With `prequential` the first epoch logs ``bayes/prequential``, the code length in nats of all labels so far, of all
+    ranks, and ``bayes/prequential_last``, the same by the weights at hand alone: the difference is what mixing saves,
+    or costs where training still moves fast. The mixture is of the weights at hand and those after every
+    `sample_every`-th step, the last ``max_samples - 1``, without a burn-in: until there are any the weights at hand are
+    the one expert. When the epoch is over ``bayes/regret`` is the code length less the log-loss of the best of these
+    members on the same samples; left out where they were not each scored once (a part of the data, samples drawn anew)
+    or come with a random transform. All of it in eval mode, on the module's own step without the changes of other
+    recipes; training changes by no bit.
 
     Args:
         temperature: T; 1 is the Bayes posterior, below it is a cold one, 0 switches the recipe off.
