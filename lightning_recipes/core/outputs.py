@@ -62,8 +62,14 @@ class _Place:
         self._patch = Patch(part, "forward", self._call, compiled=False)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        run = self._patch.original if self.instead is None or self._inside else self.instead
-        output = run(*args, **kwargs)
+        if self.instead is None or self._inside:
+            output = self._patch.original(*args, **kwargs)
+        else:
+            self._inside = True
+            try:
+                output = self.instead(*args, **kwargs)
+            finally:
+                self._inside = False
         logits = logits_in(output)
         if logits is None or self._inside:
             return output
@@ -106,7 +112,8 @@ def replace_outputs(
         owner: who replaces them, for messages.
         replace: called with logits ``[n, classes]`` and the arguments of the call; outputs without such logits pass.
             None leaves them.
-        instead: called with the arguments in the place of the part's own forward, which then does not run.
+        instead: called with the arguments in the place of the part's own forward, which runs only if this calls the
+            part.
 
     Raises:
         RecipeError: when somebody else replaces them already.

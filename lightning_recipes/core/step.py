@@ -71,6 +71,8 @@ class Replay:
     call: Call
     seen: Tensor
     """The logits as the loss saw them, after the recipes' logit transforms."""
+    own_loss: Tensor | None = None
+    """What the step returned to be descended on, observed or not; None where it returned nothing."""
 
     def per_sample(self) -> Tensor:
         """The observed loss sample by sample, ``[n]``, in fp32."""
@@ -163,9 +165,10 @@ class Step:
             silent(self.module, track_statistics=track_statistics),
             watching(Observation(inner, self._select)) as watch,
         ):
-            self._run(batch, *self._rest)
+            output = self._run(batch, *self._rest)
         watch.check(needed=True)
-        return Replay(inner.outputs, inner.targets, inner.loss, inner.call, inner.logits)
+        own = output.get("loss") if isinstance(output, Mapping) else output
+        return Replay(inner.outputs, inner.targets, inner.loss, inner.call, inner.logits, own)
 
     def look(self, weights: AbstractContextManager[Any]) -> Tensor:
         """The logits that the observed loss would see of this batch, under other weights: one more run of the module's

@@ -299,6 +299,16 @@ def test_an_optimizer_that_a_config_names_has_its_own_defaults(capsys):
     assert config["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0, "not AdamW's"
 
 
+def test_a_recipe_takes_a_log_probability_by_its_class(elsewhere, capsys):
+    given = {"class_path": "lightning_recipes.core.likelihood.GaussianLogProb", "init_args": {"std": 2.0}}
+    recipe = {"class_path": "LangevinMixture", "init_args": {"log_prob": given}}
+    Path("mine.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [recipe]}}))
+    out = printed_config(capsys, *STOCK, "--config=mine.yaml")
+    assert yaml.safe_load(out)["trainer"]["callbacks"][0]["init_args"]["log_prob"] == given
+    Path("again.yaml").write_text(out)
+    assert printed_config(capsys, "--config=again.yaml") == out
+
+
 @pytest.mark.parametrize("recipe", shipped("recipes"))
 def test_recipe_configs_lie_over_a_base_config(recipe, elsewhere, capsys):
     base = shipped("base")[0]  # which one makes no difference to the parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_recipes.callbacks import LangevinMixture
+from lightning_recipes.callbacks import PSKD, ExactResume, LangevinMixture
 from lightning_recipes.callbacks.regularization.langevin_mixture import (
+    code_lengths,
     gradient_deviation,
     mixture_log_prob,
     mixture_sums,
@@ -25,6 +28,7 @@ from lightning_recipes.callbacks.regularization.langevin_mixture import (
     stationary_variance,
 )
 from lightning_recipes.core.errors import RecipeError
+from lightning_recipes.core.likelihood import GaussianLogProb
 from lightning_recipes.core.noise import add_noise_
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.step import observe
@@ -398,6 +402,269 @@ def test_a_second_fit_begins_anew_and_a_fit_that_goes_on_keeps_its_samples():
     again = recipe.state()["samples"]
     assert recipe.state()["taken"] == 3
     assert all(same(a, b) for a, b in zip(first, again, strict=True)), "the same seed draws the same chain"
+
+
+# -- a log-probability of the user's own ----------------------------------------------------------------------------
+
+
+class PosteriorMean(LightningModule):
+    """Predicts one number, the mean of normal numbers of variance 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(1))
+        self.seen = None
+
+    def forward(self, x):
+        return self.theta.expand(len(x), 1)
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]), batch[1][:, None]) / 2
+
+    def validation_step(self, batch, batch_idx):
+        self.seen = self(batch[0]).detach()
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return {"mean": self(batch[0]), "twice": 2 * self(batch[0])}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+def of_numbers(size=20):
+    return loader(torch.zeros(20, 1), NUMBERS, size=size)
+
+
+def test_the_mixture_of_a_gaussian_mean_is_its_posterior_predictive():
+    module = PosteriorMean()
+    recipe = LangevinMixture(1.0, 2.0, 20, 80, 8, 80, log_prob=GaussianLogProb(1.0))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="LangevinMixture")
+        trainer = fit(module, recipe, data=loader(torch.zeros(20 * 720, 1), NUMBERS.repeat(720), size=20))
+    found = trainer.validate(module, of_numbers(), verbose=False)[0]
+    posterior, variance = NUMBERS.sum().item() / 20.25, 0.05495
+    own = torch.stack([sample["theta"] for sample in recipe.state()["samples"]])
+    assert len(own) == 80 and own.mean().item() == pytest.approx(posterior, abs=0.07)
+    predictive = torch.distributions.Normal(posterior, math.sqrt(1 + variance))
+    assert found["bayes/mixture_nll"] == pytest.approx(-predictive.log_prob(NUMBERS).mean().item(), abs=0.01)
+    # the mean log-loss of the members: that of their mean, and half their variance
+    at_mean = -torch.distributions.Normal(own.mean(), 1.0).log_prob(NUMBERS).mean().item()
+    spread = own.var(correction=0).item() / 2
+    assert found["bayes/mean_sample_nll"] == pytest.approx(at_mean + spread, abs=1e-4)
+    assert found["bayes/gain"] > 0.01 and found["bayes/n_samples"] == 80
+    assert "bayes/disagreement" not in found
+    assert torch.allclose(module.seen, own.mean().expand(20, 1), atol=1e-5), "the module's own metrics see the mean"
+    predicted = trainer.predict(module, of_numbers())[0]
+    assert torch.allclose(predicted["mean"], own[:, None].expand(80, 20, 1)), "every member's, stacked"
+    assert torch.equal(predicted["twice"], 2 * predicted["mean"])
+    assert torch.equal(module(torch.zeros(2, 1)), module.theta.expand(2, 1)), "nothing is left on the module"
+
+
+def test_a_log_prob_that_is_a_function_leaves_the_module_s_own_outputs():
+    def log_prob(outputs, targets):
+        return -(outputs[:, 0] - targets).abs()
+
+    module, recipe = PosteriorMean(), LangevinMixture(1.0, 2.0, None, 0, 2, 4, log_prob=log_prob)
+    trainer = fit(module, recipe, epochs=8, data=of_numbers())
+    found = trainer.test(module, of_numbers(), verbose=False)[0]
+    assert torch.equal(module.seen, module.theta.detach().expand(20, 1))
+    each = torch.stack([-(s["theta"] - NUMBERS).abs() for s in recipe.state()["samples"]])
+    assert found["bayes/mixture_nll"] == pytest.approx(-mixture_log_prob(each).mean().item(), rel=1e-5)
+
+
+def test_a_log_prob_of_another_shape_is_refused():
+    recipe = LangevinMixture(
+        1.0, 2.0, None, 0, 2, 4, log_prob=lambda outputs, targets: -(outputs - targets[:, None]).abs()
+    )
+    trainer = fit(PosteriorMean(), recipe, epochs=8, data=of_numbers())
+    with pytest.raises(RecipeError, match=r"log_prob must give one number a sample, \[20\]; got \(20, 1\)"):
+        trainer.validate(trainer.lightning_module, of_numbers(), verbose=False)
+
+
+def test_a_loss_that_is_not_the_mean_of_log_prob_is_said():
+    class Twice(PosteriorMean):
+        def training_step(self, batch, batch_idx):
+            return F.mse_loss(self(batch[0]), batch[1][:, None])
+
+    recipe = LangevinMixture(1.0, 2.0, None, 0, 1, 4, log_prob=GaussianLogProb(1.0))
+    with pytest.warns(UserWarning, match="the loss that trains is 2 times the mean of -log_prob"):
+        fit(Twice(), recipe, data=of_numbers())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*times the mean of -log_prob")
+        recipe = LangevinMixture(1.0, 2.0, None, 0, 1, 4, log_prob=GaussianLogProb(math.sqrt(0.5)))
+        fit(Twice(), recipe, data=of_numbers())
+
+
+# -- the prequential code -------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_a_stream_of_two_batches_is_that_by_hand():
+    first = code_lengths(torch.tensor([[0.5, 0.25]]).log())  # the weights at hand alone
+    second = code_lengths(torch.tensor([[0.5], [0.1]]).log())  # and an earlier member
+    assert first.tolist() == pytest.approx([math.log(8), math.log(8), 2])
+    assert (first + second).tolist() == pytest.approx([math.log(8) - math.log(0.3), math.log(8) - math.log(0.1), 3])
+
+
+def code_by_hand(path, regret_of):
+    """Of batches of 8 of X and Y in order, from the weights before each; the last two earlier ones are members."""
+    mixed = last = 0.0
+    for number, own in enumerate(path):
+        at = slice(8 * number, 8 * number + 8)
+        members = [*path[1:number][-2:], own]  # those that the training began with are no sample
+        each = torch.stack([-F.cross_entropy(net_of(m, X[at]), Y[at], reduction="none") for m in members])
+        mixed -= float(mixture_log_prob(each).sum())
+        last -= float(each[-1].sum())
+    best = min(float(F.cross_entropy(net_of(m, X), Y, reduction="sum")) for m in regret_of)
+    return mixed, last, mixed - best
+
+
+def net_of(held, x):
+    twin = Classifier()
+    twin.load_state_dict(held)
+    with torch.no_grad():
+        return twin.eval().net(x)
+
+
+def streaming(**arguments):
+    return LangevinMixture(0.5, 1.0, None, 1, 1, 3, prequential=True, **arguments)
+
+
+@pytest.mark.parametrize("storage", ["cpu", "disk"])
+def test_every_batch_of_the_first_epoch_is_scored_before_it_is_trained_on(storage, tmp_path):
+    path, ends = [], []
+    watch = Watch(
+        on_train_batch_start=lambda t, m, *rest: path.append(weights(m)),
+        on_train_epoch_end=lambda t, m: ends.append(weights(m)),
+    )
+    trainer = fit(
+        Classifier(), streaming(storage=storage), watch, epochs=2, data=loader(X, Y, size=8), default_root_dir=tmp_path
+    )
+    mixed, last, regret = code_by_hand(path[:4], [*path[2:4], ends[0]])
+    found = trainer.callback_metrics
+    assert float(found["bayes/prequential"]) == pytest.approx(mixed, rel=1e-5)
+    assert float(found["bayes/prequential_last"]) == pytest.approx(last, rel=1e-5)
+    assert float(found["bayes/regret"]) == pytest.approx(regret, abs=1e-3) and mixed != last
+
+
+def test_a_fit_of_one_epoch_has_its_regret_too():
+    recipe = streaming(evaluate=[])
+    trainer = fit(Classifier(), recipe, data=loader(X, Y, size=8))
+    assert "bayes/regret" in trainer.callback_metrics and recipe.state()["ring"] == []
+
+
+def test_a_part_of_the_data_has_a_code_and_no_regret():
+    trainer = fit(Classifier(), streaming(evaluate=[]), data=loader(X, Y, size=8), limit_train_batches=3)
+    assert "bayes/prequential" in trainer.callback_metrics and "bayes/regret" not in trainer.callback_metrics
+
+
+def test_the_code_of_a_gaussian_needs_no_classes():
+    recipe = LangevinMixture(1.0, 2.0, None, 1, 1, 3, log_prob=GaussianLogProb(1.0), prequential=True)
+    path = []
+    watch = Watch(on_train_batch_start=lambda t, m, *rest: path.append(m.theta.item()))
+    trainer = fit(PosteriorMean(), recipe, watch, data=of_numbers(10))
+    each = [-torch.distributions.Normal(at, 1.0).log_prob(y).sum().item() for at, y in zip(path, NUMBERS.split(10))]
+    assert float(trainer.callback_metrics["bayes/prequential"]) == pytest.approx(sum(each), rel=1e-5)
+
+
+class Noisy(Classifier):
+    """Has all that another look could move: dropout, running statistics, draws of its own, a metric."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(5, 3)))
+        self.accuracy = MulticlassAccuracy(3)
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0] + 0.1 * torch.rand_like(batch[0]))
+        self.accuracy(logits, batch[1])
+        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        return F.cross_entropy(logits, batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:LangevinMixture. net.1 is a batch norm")
+def test_the_code_and_the_targets_change_training_by_no_bit(tmp_path):
+    ends = []
+    for more in ({}, {"prequential": True, "distill": str(tmp_path)}):
+        module, states = Noisy(), []
+        torch.manual_seed(1)
+        data = DataLoader(TensorDataset(X, Y), 4, shuffle=True)
+        watch = Watch(on_train_batch_end=lambda t, m, *rest, kept=states: kept.append(torch.get_rng_state()))
+        recipe = LangevinMixture(0.1, 0.5, None, 2, 2, 3, **more)
+        trainer = fit(module, recipe, watch, epochs=2, data=data, validation=loader(X, Y))
+        assert ("bayes/prequential" in trainer.callback_metrics) == bool(more)
+        states.append(torch.get_rng_state())
+        ends.append((weights(module), states, recipe.state()["samples"], float(trainer.callback_metrics["accuracy"])))
+    (plain, drawn, held, accuracy), (there, drawn_there, held_there, accuracy_there) = ends
+    assert same(plain, there) and accuracy == accuracy_there
+    assert all(torch.equal(a, b) for a, b in zip(drawn, drawn_there, strict=True))
+    assert all(same(a, b) for a, b in zip(held, held_there, strict=True))
+
+
+def test_the_code_goes_on_in_the_middle_of_the_epoch(tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = fit(Classifier(), ExactResume(), streaming(), keep, data=loader(X, Y, size=8), enable_checkpointing=True)
+    again = quiet(callbacks=[ExactResume(), streaming()])
+    again.fit(Classifier(), loader(X, Y, size=8), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    for name in ("bayes/prequential", "bayes/prequential_last", "bayes/regret"):
+        assert float(again.callback_metrics[name]) == float(whole.callback_metrics[name])
+
+
+def test_labels_that_cannot_be_coded_are_refused():
+    class Soft(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    data = loader(X, F.one_hot(Y, 3).float())
+    with pytest.raises(
+        RecipeError, match=r"LangevinMixture: a code of labels needs logits \[n, classes\] and class ind"
+    ):
+        fit(Soft(), streaming(), data=data)
+    with pytest.raises(RecipeError, match="forward must be 'forward' or the name"):
+        fit(Classifier(), streaming(forward="head"))
+
+
+# -- soft targets ---------------------------------------------------------------------------------------------------
+
+
+def test_a_student_is_trained_on_the_mixture_of_its_teacher(tmp_path):
+    teacher, recipe = Known(), short(distill=str(tmp_path / "targets"))
+    fit(teacher, recipe, data=DataLoader(TensorDataset(X, Y), 4, shuffle=True))
+    log_q, _ = by_hand(teacher, recipe.state()["samples"])
+    (path,) = (tmp_path / "targets").glob("log_q-*.pt")
+    content = torch.load(path, weights_only=True)["content"]
+    assert torch.allclose(content["log_probs"], log_q, atol=1e-6) and content["total"] == 32
+
+    student = Classifier(mlp(seed=3))
+    fit(student, PSKD(alpha_T=1.0, schedule="constant", targets=str(path)), epochs=2)
+
+    class OnTargets(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    twin = OnTargets(mlp(seed=3))
+    fit(twin, epochs=2, data=loader(X, content["log_probs"].exp()))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(student.parameters(), twin.parameters()))
+
+
+def test_targets_of_a_subset_go_by_the_index_below_it(tmp_path):
+    part = Subset(TensorDataset(X, Y), [3, 1, 8, 20])
+    module, recipe = Known(), short(distill=str(tmp_path), burn_in_steps=0, sample_every=1)
+    fit(module, recipe, data=DataLoader(part, 2))
+    (path,) = tmp_path.glob("*.pt")
+    content = torch.load(path, weights_only=True)["content"]
+    assert content["ids"].tolist() == [3, 1, 8, 20] and content["total"] == 32
+    log_q, _ = by_hand(module, recipe.state()["samples"], X[[3, 1, 8, 20]])
+    assert torch.allclose(content["log_probs"], log_q, atol=1e-6)
+
+
+def test_a_fit_that_ends_without_a_sample_has_nothing_to_distil(tmp_path):
+    recipe = short(distill=str(tmp_path / "targets"))
+    stop = Watch(on_train_batch_end=lambda t, *rest: setattr(t, "should_stop", True))
+    with pytest.warns(UserWarning, match="ended after 1 steps without a sample to distil"):
+        fit(Classifier(), recipe, stop)
+    assert not (tmp_path / "targets").exists()
 
 
 # -- misuse ----------------------------------------------------------------------------------------------------------

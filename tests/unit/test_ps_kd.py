@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_recipes.callbacks import AAER, BANG, GLAD, PSKD, ExactResume, LogitAdjustment, Mixup, SaRA
 from lightning_recipes.callbacks.regularization.ps_kd import agreement, entropy, growth, normalised, refined
+from lightning_recipes.core.artefacts import Artefact
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.core.mixing import mixes_of
 from lightning_recipes.core.recipe import StepRecipe
@@ -653,3 +654,53 @@ class Numbers(Dataset):
 
 def test_any_map_style_data_set_will_do() -> None:
     fit(Classifier(), PSKD(), data=DataLoader(Numbers(), 2))
+
+
+# -- targets of a teacher ----------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, ids: Tensor | None = None, total: int = len(X), classes: int = 3, seed: int = 5) -> str:
+    """A file of soft targets for those samples."""
+    ids = torch.arange(total) if ids is None else ids
+    log_probs = torch.randn(len(ids), classes, generator=torch.Generator().manual_seed(seed)).log_softmax(1)
+    content = {"log_probs": log_probs, "ids": ids, "total": total}
+    return str(Artefact(folder, "log_q", content).save(content))
+
+
+def test_targets_of_a_file_are_those_of_every_epoch_and_a_sample_that_is_not_in_it_keeps_its_label(
+    tmp_path: Path,
+) -> None:
+    ids = torch.tensor([5, 0, 3])
+    path, keeps = written(tmp_path, ids), Keeps()
+    fit(Classifier(), PSKD(0.5, schedule="constant", targets=path), keeps, epochs=2)
+    expected = hot(Y)
+    expected[ids] = (expected[ids] + torch.load(path, weights_only=True)["content"]["log_probs"].exp()) / 2
+    for epoch in range(2):
+        seen = torch.cat([targets for at, _, targets, _ in keeps.seen if at == epoch])
+        assert torch.allclose(seen, expected, atol=1e-6)
+
+
+def test_a_resume_reads_the_file_again_and_refuses_another_one(tmp_path: Path) -> None:
+    path = written(tmp_path / "a")
+    make = lambda where: PSKD(targets=where)  # noqa: E731
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    whole = Classifier()
+    fit(whole, ExactResume(), make(path), keep, enable_checkpointing=True)
+    ckpt = tmp_path / "step=6.ckpt"
+    assert torch.load(ckpt, weights_only=True)["callbacks"]["PSKD"]["state"]["table"] is None
+    again = Classifier()
+    fit(again, ExactResume(), make(written(tmp_path / "moved")), ckpt_path=ckpt)
+    assert same(weights(whole), weights(again))
+    for other in (written(tmp_path / "b", seed=6), None):
+        with pytest.raises(RecipeError, match="holds other soft targets than the run of the checkpoint had"):
+            fit(Classifier(), ExactResume(), make(other), ckpt_path=ckpt)
+
+
+def test_targets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"the training set has 16 samples and that of targets='.*' had 20"):
+        fit(Classifier(), PSKD(targets=written(tmp_path, total=20)))
+    with pytest.raises(RecipeError, match=r"targets='.*' holds 4 classes a sample and the logits have 3"):
+        fit(Classifier(), PSKD(targets=written(tmp_path / "four", classes=4)))
+    scores = Artefact(tmp_path / "scores", "scores", {"values": 1}).save({"values": torch.ones(16)})
+    with pytest.raises(RecipeError, match=r"holds no soft targets of LangevinMixture\(distill=\.\.\.\) but values"):
+        fit(Classifier(), PSKD(targets=str(scores)))

@@ -18,18 +18,29 @@ of one mode: take the mixture for an approximation.
 PROBABILITIES are averaged, neither logits nor weights. By Jensen the mixture's log-loss is at most the mean one of its
 members; what lies between is the gain of the mixture.
 
+PREQUENTIAL (ours). In the first epoch every batch is new. Scored before it is trained on, by the mixture of the weights
+at hand and of earlier ones of that epoch, its log-losses add up to a code length: what it costs to send the labels to
+somebody who has the inputs and learns alike,
+
+    L = sum_i -log q_i(y_i|x_i),       regret = L - min_m sum_i -log p_m(y_i|x_i)
+
+over the members m that are there when the epoch is over. They have seen the data, so their minimum is about that of
+hindsight, and from above: the regret against the best of all networks is at least so large.
+
+DISTILLATION (ours): log q of every training sample goes to a file, which ``PSKD(targets=...)`` trains one student on.
+
 On clean labels with a wide prior the posterior at T = 1 can be worse than plain SGD; it shines where labels are noisy.
-The paper's abstract has no schedule: burn-in, thinning and the prior's default are ours. Its prequential code length
-and distillation are left out.
+The paper's abstract has no schedule: burn-in, thinning and the prior's default are ours.
 
 Costs one normal number a parameter and step, a copy of what trains a sample (in main memory and in checkpoints, or on
-disk), and M forward passes in the place of one at evaluation.
+disk), and M forward passes in the place of one at evaluation. Prequential: up to M forward passes a batch of the first
+epoch, and M over the training set after it. Distillation: M over the training set.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -37,27 +48,34 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
+from torch.utils._pytree import tree_map
 from torch.utils.data import IterableDataset
 
 from lightning_recipes.core import random
 from lightning_recipes.core.artefacts import Artefact, content_at
 from lightning_recipes.core.averaging import tensors_of
 from lightning_recipes.core.copies import wearing
+from lightning_recipes.core.diagnostics import log_values
 from lightning_recipes.core.distributed import all_sum, broadcast_, check_strategy
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
-from lightning_recipes.core.labels import labels_in
+from lightning_recipes.core.evaluation import apart, buffers_of_rank_zero
+from lightning_recipes.core.labels import labels_in, training_set
+from lightning_recipes.core.likelihood import LogProb
 from lightning_recipes.core.noise import Deviation, add_noise_
 from lightning_recipes.core.outputs import logits_in, part_of, replace_outputs
+from lightning_recipes.core.predict import Predict, wrap_predictions
 from lightning_recipes.core.prepare import Plan
+from lightning_recipes.core.probe import Encoded, bar, encode, reads_anew, samples_at_hand
 from lightning_recipes.core.recipe import Paper, Recipe
+from lightning_recipes.core.sample_ids import root_of
 from lightning_recipes.core.schedule import horizon
-from lightning_recipes.core.silence import gradients_allowed, modes_kept
-from lightning_recipes.core.step import observe
+from lightning_recipes.core.silence import gradients_allowed, modes_kept, silent
+from lightning_recipes.core.step import Replay, observe, rest_of_arguments, stock_step
 
 STAGES = ("val", "test", "predict")
 _LOW = "{} is of 16 bits, in which noise as small as this is rounded away; use precision='32-true' or a mixed one"
@@ -125,6 +143,31 @@ def mixture_sums(log_probs: Tensor, log_q: Tensor, labels: Tensor | None) -> Ten
     return torch.stack([mixed, mean, apart, n, n])
 
 
+def likelihood_sums(log_probs: Tensor) -> Tensor:
+    """:func:`mixture_sums` where members give log-probabilities of the targets alone; of KL(member || mixture) nothing
+    is known.
+
+    Args:
+        log_probs: of the members, ``[M, n]``.
+    """
+    mixed, mean = -mixture_log_prob(log_probs).double().sum(), -log_probs.mean(0).double().sum()
+    n = torch.full_like(mixed, log_probs.shape[1])
+    return torch.stack([mixed, mean, torch.zeros_like(mixed), n, n])
+
+
+def code_lengths(log_probs: Tensor) -> Tensor:
+    """What a batch adds to the code, before it is trained on.
+
+    Args:
+        log_probs: of its targets ``[M, n]``, the last member the weights at hand.
+
+    Returns:
+        fp64 ``[3]``: nats by the mixture, nats by the weights at hand alone, and n.
+    """
+    mixed, last = -mixture_log_prob(log_probs).double().sum(), -log_probs[-1].double().sum()
+    return torch.stack([mixed, last, torch.full_like(mixed, log_probs.shape[1])])
+
+
 def slot(count: int, most: int, *key: int | str) -> int | None:
     """Where the `count`-th thing of a stream goes among `most` places, so that all so far are kept alike often.
 
@@ -152,6 +195,22 @@ class LangevinMixture(Recipe):
     that of each parameter's group as it stands; one that decays to 0 freezes the chain. Noise comes once a true
     optimizer step, not in one that the fp16 scaler skips.
 
+    With `log_prob` there are no class probabilities to put in the outputs' place. ``predict`` then gives what every
+    sample of the weights predicts, stacked ``[M, n, ...]``: take mean, spread or quantiles over the first axis. In
+    validation and test the ``bayes/`` figures are those of the mixture of densities (``disagreement``, which would be
+    an integral, is left out); the module's own losses and metrics see ``log_prob.mixture`` of the outputs if it has
+    that (for :class:`~lightning_recipes.core.likelihood.GaussianLogProb` the mixture's mean), else those of the weights
+    that train. A loss that is not the mean of ``-log_prob`` samples another posterior, and a warning says so.
+
+    With `prequential` the first epoch logs ``bayes/prequential``, the code length in nats of all labels so far, of all
+    ranks, and ``bayes/prequential_last``, the same by the weights at hand alone: the difference is what mixing saves,
+    or costs where training still moves fast. The mixture is of the weights at hand and those after every
+    `sample_every`-th step, the last ``max_samples - 1``, without a burn-in: until there are any the weights at hand are
+    the one expert. When the epoch is over ``bayes/regret`` is the code length less the log-loss of the best of these
+    members on the same samples; left out where they were not each scored once (a part of the data, samples drawn anew)
+    or come with a random transform. All of it in eval mode, on the module's own step without the changes of other
+    recipes; training changes by no bit.
+
     Args:
         temperature: T; 1 is the Bayes posterior, below it is a cold one, 0 switches the recipe off.
         prior_std: standard deviation s of the Gaussian prior of all that trains; None for a flat one.
@@ -166,12 +225,18 @@ class LangevinMixture(Recipe):
         evaluate: where the mixture is used: any of 'val', 'test', 'predict'.
         forward: where the module's logits come out: 'forward' for itself, or the name of a submodule that takes the
             batch's inputs.
+        log_prob: from outputs and targets to log-probabilities ``[n]``, for other things than classes: a function, or
+            in YAML a class such as ``lightning_recipes.core.likelihood.GaussianLogProb``. None: classes, from logits.
+        prequential: add up the code length of the first epoch, for up to `max_samples` forward passes a batch of it.
+        distill: folder for a file with log q of every training sample, written when the fit is over, for
+            ``PSKD(targets=...)`` to train a student on.
 
     Raises:
         RecipeError: for bad arguments; before the first step for a weight decay beside a prior, a burn-in that leaves
             no sample, training data without a length, weights below fp32, embeddings with sparse gradients, manual
-            optimization, LBFGS, a loss that is not one of classification (unless ``evaluate`` is empty); at an
-            evaluation without samples, or of a module that they do not fit.
+            optimization, LBFGS, a loss that is not one of classification (unless ``evaluate`` is empty or there is a
+            `log_prob`), batches without labels to score; at an evaluation without samples, or of a module that they do
+            not fit.
     """
 
     paper = Paper(
@@ -182,9 +247,12 @@ class LangevinMixture(Recipe):
     )
     does = "Samples networks by SGD with Langevin noise and predicts by the mean of their probabilities."
     use_when = "Labels are noisy or data few, and you want calibrated probabilities rather than one over-confident net."
-    costs = "One normal number a parameter and step; a copy of the weights a sample; as many forward passes to predict."
+    costs = (
+        "One normal number a parameter and step; a copy of the weights a sample; as many forward passes to predict;"
+        " with prequential as many a batch of the first epoch."
+    )
     log_prefix = "bayes"
-    free_on_resume = frozenset({"evaluate"})
+    free_on_resume = frozenset({"evaluate", "log_prob", "distill"})
     refuses: Mapping[str, str] = {
         "GradientNoise": "both add noise, and what is sampled at two temperatures follows neither law",
         "NormalizedGD": "its factor assumes the plain gradient",
@@ -210,6 +278,9 @@ class LangevinMixture(Recipe):
         inject: Literal["param", "grad"] = "param",
         evaluate: Sequence[str] = STAGES,
         forward: str = "forward",
+        log_prob: Callable | None = None,  # with the types of its arguments jsonargparse takes no class for one
+        prequential: bool = False,
+        distill: str | None = None,
     ) -> None:
         super().__init__()
         check_argument(0 <= temperature < math.inf, self, "temperature", temperature, "at least 0 and finite")
@@ -232,7 +303,12 @@ class LangevinMixture(Recipe):
         self.temperature, self.prior_std, self.train_size = temperature, prior_std, train_size
         self.burn_in_steps, self.sample_every, self.max_samples = burn_in_steps, sample_every, max_samples
         self.storage, self.seed, self.inject, self.evaluate = storage, seed, inject, tuple(evaluate)
-        self.forward = forward
+        fits = log_prob is None or callable(log_prob)
+        check_argument(fits, self, "log_prob", log_prob, "None, or a function of outputs and targets")
+        fits = distill is None or (bool(distill) and log_prob is None)
+        check_argument(fits, self, "distill", distill, "None or a folder, and None beside log_prob: it is for classes")
+        self.forward, self.prequential, self.distill = forward, prequential, distill
+        self.log_prob: LogProb | None = log_prob
         if prior_std is None:
             self.refuses = {name: why for name, why in self.refuses.items() if name != "StrongWeightDecay"}
         self._begin()
@@ -241,7 +317,7 @@ class LangevinMixture(Recipe):
         self._size = 0
         self._undo = ExitStack()
         self._members: list[Mapping[str, Tensor]] = []
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._seen: Any = None  # log-probabilities of members and mixture; with log_prob the outputs of the members
         self._sums: Tensor | None = None
 
     def _begin(self) -> None:
@@ -249,8 +325,12 @@ class LangevinMixture(Recipe):
         self._steps = 0  # true optimizer steps
         self._burn_in: int | None = None  # known when the fit's length is
         self._taken = 0  # samples, kept or not
-        self._due = False
+        self._due = self._fresh = False
         self._samples: list[dict[str, Tensor] | str] = []
+        self._code: Tensor | None = None  # as of `code_lengths`, over all ranks
+        self._regret: float | None = None
+        self._stream_over = False
+        self._ring: list[tuple[int, dict[str, Tensor] | str]] = []  # weights of the first epoch, after so many steps
 
     @property
     def neutral(self) -> bool:
@@ -348,6 +428,9 @@ class LangevinMixture(Recipe):
                 " sample, so that the posterior is only nearly sampled; its running statistics belong to each sample"
             )
         self._collect(trainer, pl_module)  # a checkpoint may have been written between the step and this
+        if self._code is not None:
+            self._code = self._code.to(pl_module.device)
+            trainer.callback_metrics.update({n: torch.tensor(v) for n, v in self._code_values().items()})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.neutral:
@@ -381,9 +464,18 @@ class LangevinMixture(Recipe):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss of the first batch: is it a mean, and one of a classification?"""
-        if self.neutral or self._steps or batch_idx or trainer.current_epoch:
+        if self.neutral:
             return
+        if not (self._steps or batch_idx or trainer.current_epoch):
+            self._check_loss(trainer, pl_module, batch)
+        if self.prequential and trainer.current_epoch == 0:
+            with speaking_for(self):
+                self._score(trainer, pl_module, batch, batch_idx)
+        elif batch_idx == 0:  # the weights are those that the epoch ended with, also where that was in another process
+            self._end_stream(trainer, pl_module)
+
+    def _check_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Look at the loss of the first batch: is it a mean, and one of a classification?"""
         try:
             with (
                 speaking_for(self),
@@ -391,20 +483,41 @@ class LangevinMixture(Recipe):
                 modes_kept(pl_module, training=False),
                 trainer.precision_plugin.forward_context(),
             ):
-                seen = observe(trainer, pl_module, batch, batch_idx)
+                seen = observe(trainer, pl_module, batch, 0)
+                if self.log_prob is not None:
+                    if seen.own_loss is not None:
+                        self._check_scale(seen)
+                    return
         except RecipeError:
             return  # a loss that cannot be seen is taken for what it should be
         logits, classes = seen.logits, seen.logits.shape[-1]
         if self.evaluate and seen.call.is_function and not (seen.call.classifies and logits.dim() == 2 and classes > 1):
             raise RecipeError(
                 f"LangevinMixture mixes probabilities of classes; {seen.call.name} of {tuple(logits.shape)} gives none."
-                " Use evaluate=[] to sample only"
+                " Give log_prob, or use evaluate=[] to sample only"
             )
         summed = seen.call.options.get("reduction") == "sum"
         if summed or (classes > 1 and float(seen.loss.detach()) > SUMMED * math.log(classes)):
             rank_zero_warn(
                 f"LangevinMixture: the first loss is {float(seen.loss.detach()):.3g}, as if it were a sum over the"
                 " batch; noise and prior are those of a MEAN negative log-likelihood"
+            )
+
+    def _check_scale(self, seen: Replay) -> None:
+        """Is the loss that trains the mean of ``-log_prob``? By their gradients, in which constants do not count."""
+        try:
+            nll = -self.log_prob(seen.logits, seen.targets).mean()
+            (wanted,) = torch.autograd.grad(nll, seen.logits, retain_graph=True)
+            (found,) = torch.autograd.grad(seen.own_loss, seen.logits)
+        except (RuntimeError, IndexError):
+            return  # the loss gets another form of the outputs than log_prob does
+        found, wanted = found.float(), wanted.float()
+        factor = float((found * wanted).sum() / wanted.square().sum())
+        if not torch.allclose(found, wanted, rtol=0.01, atol=0.01 * float(wanted.abs().max())):
+            rank_zero_warn(
+                f"LangevinMixture: the loss that trains is {factor:.3g} times the mean of -log_prob"
+                " and not that mean: the posterior that is sampled is not that of log_prob. Train on"
+                " -log_prob(outputs, targets).mean(), or on what differs from it by a constant"
             )
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -439,6 +552,7 @@ class LangevinMixture(Recipe):
             add_noise_(parameters, sigma, self.seed, "LangevinMixture", step)
         since = self._steps - self._burn_in
         self._due = since > 0 and since % self.sample_every == 0
+        self._fresh = self.prequential and self._steps % self.sample_every == 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -449,13 +563,22 @@ class LangevinMixture(Recipe):
     @torch.no_grad()
     def _collect(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Keep a sample, if one is due; all ranks together."""
-        if not self._due:
+        sample = None
+        if self._fresh and trainer.current_epoch == 0:
+            sample = self._copied(trainer, module)
+            self._ring = [*self._ring, (self._steps, sample)][-self.max_samples :]
+        due, self._due, self._fresh = self._due, False, False
+        if not due:
             return
-        self._due = False
         place = slot(self._taken, self.max_samples, self.seed, "LangevinMixture/keep")
         self._taken += 1
         if place is None:
             return
+        sample = self._copied(trainer, module) if sample is None else sample
+        self._samples[place:] = [sample, *self._samples[place + 1 :]]
+
+    def _copied(self, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+        """The weights as they stand, where they are kept; all ranks together."""
         trained = {p for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         frozen = self._plan.frozen_by_surgery
         held = {n: p for n, p in module.named_parameters() if p in trained and n not in frozen}
@@ -470,7 +593,159 @@ class LangevinMixture(Recipe):
             content = sample
             artefact.get(lambda _: content)
             sample = str(artefact.path.absolute())
-        self._samples[place:] = [sample, *self._samples[place + 1 :]]
+        return sample
+
+    # -- the training data, looked at --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _outputs(
+        self, module: pl.LightningModule, batch: Any, number: int, members: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[list[Any], Tensor]:
+        """What every member makes of a training batch in the module's own step, silently, and the labels beside it."""
+        part, held = part_of(module, self.forward), []
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if held:  # called again in the step: what counts is the first
+                return part(*args, **kwargs)
+            held.extend(self._every(members, args, kwargs))
+            return held[-1]
+
+        undo = replace_outputs(part, "LangevinMixture", None, run)
+        try:
+            with silent(module):
+                stock_step(module)(batch, *rest_of_arguments(module, number))
+        finally:
+            undo()
+        if not held:
+            where = "the module" if self.forward == "forward" else repr(self.forward)
+            raise RecipeError(
+                f"nothing came out of {where} in the training step; name the submodule that it calls on its inputs with"
+                " forward='NAME'"
+            )
+        labels = labels_in(batch)
+        if not isinstance(labels, Tensor):
+            raise RecipeError("there are no labels in the training batches, second in a pair or under their name")
+        return held, labels
+
+    def _log_probs(self, outputs: Sequence[Any], labels: Tensor) -> Tensor:
+        """Of the labels, by every member: ``[M, n]``."""
+        if self.log_prob is not None:
+            return torch.stack([self._likelihood(each, labels) for each in outputs])
+        logits = [logits_in(each) for each in outputs]
+        if logits[0] is None or labels.is_floating_point() or labels.shape != logits[0].shape[:1]:
+            got = "no logits [n, classes]" if logits[0] is None else f"logits {tuple(logits[0].shape)}"
+            raise RecipeError(
+                f"a code of labels needs logits [n, classes] and class indices [n]; got {got} and labels"
+                f" {tuple(labels.shape)}. Name the part that gives logits with forward='NAME', or give log_prob"
+            )
+        at = labels[:, None]
+        return torch.stack([each.float().log_softmax(1).gather(1, at)[:, 0] for each in logits])
+
+    def _likelihood(self, outputs: Any, labels: Tensor) -> Tensor:
+        found = self.log_prob(outputs, labels)
+        if not isinstance(found, Tensor) or found.shape != labels.shape[:1]:
+            got = str(tuple(found.shape)) if isinstance(found, Tensor) else type(found).__name__
+            raise RecipeError(f"log_prob must give one number a sample, [{len(labels)}]; got {got}")
+        return found
+
+    def _experts(self) -> list[Mapping[str, Tensor]]:
+        """The last earlier weights of the first epoch, and the ones at hand."""
+        earlier = [sample for step, sample in self._ring if step < self._steps]
+        kept = earlier[max(len(earlier) - self.max_samples + 1, 0) :]
+        return [*map(self._opened, kept), {}]
+
+    def _score(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, number: int) -> None:
+        """Add a batch to the code, before it is trained on."""
+        with apart(trainer, self.seed, "LangevinMixture/prequential", number), buffers_of_rank_zero(trainer):
+            outputs, labels = self._outputs(module, batch, number, self._experts())
+            with torch.no_grad():
+                found = all_sum(code_lengths(self._log_probs(outputs, labels)))
+        self._code = found if self._code is None else self._code + found
+        values = self._code[:2].float().unbind()
+        self.log_dict(dict(zip(("bayes/prequential", "bayes/prequential_last"), values)), rank_zero_only=False)
+
+    def _code_values(self) -> dict[str, float]:
+        mixed, last, _ = self._code.tolist()
+        values = {"bayes/prequential": mixed, "bayes/prequential_last": last}
+        return values if self._regret is None else {**values, "bayes/regret": self._regret}
+
+    def _over_training_set(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        members: Sequence[Mapping[str, Tensor]],
+        rows: Callable[[list[Any], Tensor], Tensor],
+        what: str,
+    ) -> Encoded:
+        """Rows ``[n, ...]`` made of the members' outputs and the labels, for the whole training set in its order."""
+        held: dict[str, Tensor] = {}
+
+        def run(batch: Any, number: int) -> Tensor:
+            outputs, labels = self._outputs(module, batch, number, members)
+            with torch.no_grad():
+                held["rows"] = rows(outputs, labels)
+            return labels
+
+        samples = samples_at_hand(trainer)
+        with buffers_of_rank_zero(trainer):
+            return encode(trainer, module, lambda: held, samples, progress=bar(trainer, what), run=run)
+
+    def _end_stream(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """The regret, once the first epoch is over: its best member in hindsight needs another look at the samples."""
+        if not self.prequential or self._stream_over or self._code is None:
+            return
+        why, count = None, int(self._code[2])
+        with speaking_for(self):
+            try:
+                dataset = training_set(trainer)
+                if len(dataset) != count:
+                    why = f"the first epoch had {count} samples of {len(dataset)}"
+                elif reads_anew(dataset):
+                    why = "the training data are other ones each time that they are read"
+            except RecipeError as error:
+                why = str(error)
+            if why is None:
+                found = self._over_training_set(
+                    trainer, module, self._experts(), lambda o, y: self._log_probs(o, y).T, "regret"
+                )
+                best = -found.features["rows"].double().sum(0).amax()
+                self._regret = float(self._code[0] - best.to(self._code.device))
+        self._stream_over, self._ring = True, []
+        log_values(trainer, self._code_values())
+        code = f"LangevinMixture: the labels of the first epoch cost {float(self._code[0]):.6g} nats"
+        rank_zero_info(f"{code}, {self._regret:.4g} more than by the best member" if why is None else f"{code} ({why})")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.neutral:
+            return
+        self._end_stream(trainer, pl_module)
+        if self.distill is None:
+            return
+        if not self._samples:
+            rank_zero_warn(f"LangevinMixture: the fit ended after {self._steps} steps without a sample to distil")
+            return
+        with speaking_for(self):
+            self._write_targets(trainer, pl_module)
+
+    def _write_targets(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """log q of every training sample, by its index below all subsets, to a file."""
+
+        def log_q(outputs: list[Any], labels: Tensor) -> Tensor:
+            logits = [logits_in(each) for each in outputs]
+            if logits[0] is None:
+                raise RecipeError(
+                    "distill needs logits [n, classes]; name the part that gives them with forward='NAME'"
+                )
+            return mixture_log_prob(torch.stack([each.float().log_softmax(1) for each in logits]))
+
+        members = [self._opened(sample) for sample in self._samples]
+        rows = self._over_training_set(trainer, module, members, log_q, "soft targets").features["rows"]
+        total, root = root_of(training_set(trainer))
+        content = {"log_probs": rows, "ids": torch.arange(total) if root is None else root, "total": total}
+        artefact = Artefact(self.distill, "log_q", content)
+        if trainer.is_global_zero:
+            artefact.save(content)
+        rank_zero_info(f"LangevinMixture: log q of {len(rows)} training samples is in {artefact.path}")
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -498,8 +773,12 @@ class LangevinMixture(Recipe):
                     f"the samples have a {unlike[0]!r} that the module has not, or in another shape; evaluate with the"
                     " checkpoint of the fit (ckpt_path=...), which brings its structure back"
                 )
+            if self.log_prob is not None and stage == "predict":
+                self._undo.callback(wrap_predictions(pl_module, self._predict_by_each))
+                return
             part = part_of(pl_module, self.forward)
-            self._undo.callback(replace_outputs(part, "LangevinMixture", self._mixture))
+            how = (self._mixture,) if self.log_prob is None else (None, self._outputs_together)
+            self._undo.callback(replace_outputs(part, "LangevinMixture", *how))
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -523,17 +802,44 @@ class LangevinMixture(Recipe):
                 f"LangevinMixture mixes probabilities of classes; logits {tuple(logits.shape)} give none. Leave"
                 " this stage out of evaluate"
             )
-        module = self._plan.module
-        part, own = part_of(module, self.forward), dict(module.named_parameters())
-        every = []
-        for member in self._members:
-            with wearing(module, _like(own, member, logits.device)):
-                every.append(logits_in(part(*args, **kwargs)).float().log_softmax(1))
-        log_probs = torch.stack(every)
+        every = self._every(self._members, args, kwargs)
+        log_probs = torch.stack([logits_in(each).float().log_softmax(1) for each in every])
         log_q = mixture_log_prob(log_probs)
         if self._seen is None:  # what the step itself got; an attack on the same batch asks many times more
             self._seen = log_probs.detach(), log_q.detach()
         return log_q
+
+    def _every(
+        self, members: Sequence[Mapping[str, Tensor]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[Any]:
+        """What comes out of the part under the weights of each member; those that it does not have stay."""
+        module = self._plan.module
+        part, own = part_of(module, self.forward), dict(module.named_parameters())
+        every = []
+        for member in members:
+            with wearing(module, _like(own, member, module.device)):
+                every.append(part(*args, **kwargs))
+        return every
+
+    def _outputs_together(self, *args: Any, **kwargs: Any) -> Any:
+        """With log_prob: one output for all members if it knows one, else that of the weights that train."""
+        outputs = self._every(self._members, args, kwargs)
+        if self._seen is None:
+            self._seen = outputs
+        together = getattr(self.log_prob, "mixture", None)
+        if together is None:
+            return part_of(self._plan.module, self.forward)(*args, **kwargs)
+        return together(_stacked(outputs))
+
+    def _predict_by_each(self, predict: Predict, batch: Any) -> Any:
+        """With log_prob: the predictions of all members, stacked."""
+        module = self._plan.module
+        own = dict(module.named_parameters())
+        found = []
+        for member in self._members:
+            with wearing(module, _like(own, member, module.device)):
+                found.append(predict(batch))
+        return _stacked(found)
 
     def _begin_batch(self, *args: Any) -> None:
         self._seen = None
@@ -543,23 +849,32 @@ class LangevinMixture(Recipe):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *rest: Any
     ) -> None:
-        if not self._members:
+        if not self._members or (self.log_prob is not None and trainer.predicting):
             return
         if self._seen is None:
             where = "the module" if self.forward == "forward" else repr(self.forward)
+            what = "no logits [n, classes]" if self.log_prob is None else "nothing"
             raise RecipeError(
-                f"LangevinMixture: no logits [n, classes] came out of {where} in the evaluation step; name the"
+                f"LangevinMixture: {what} came out of {where} in the evaluation step; name the"
                 " submodule that it calls on its inputs with forward='NAME'"
             )
-        log_probs, log_q = self._seen
         labels = labels_in(batch)
+        if self.log_prob is not None:
+            with speaking_for(self), torch.no_grad():
+                found = self._log_probs(self._seen, labels) if isinstance(labels, Tensor) else None
+            if found is not None:
+                self._add(likelihood_sums(found))
+            return
+        log_probs, log_q = self._seen
         known = isinstance(labels, Tensor) and labels.shape == log_q.shape[:1]
         if known and labels.is_floating_point():
             raise RecipeError(
-                "LangevinMixture mixes probabilities of classes; the labels are no class indices. Leave this stage out"
-                " of evaluate"
+                "LangevinMixture mixes probabilities of classes; the labels are no class indices. Give log_prob, or"
+                " leave this stage out of evaluate"
             )
-        sums = mixture_sums(log_probs, log_q, labels if known else None)
+        self._add(mixture_sums(log_probs, log_q, labels if known else None))
+
+    def _add(self, sums: Tensor) -> None:
         self._sums = sums if self._sums is None else self._sums + sums
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
@@ -567,8 +882,10 @@ class LangevinMixture(Recipe):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._sums is None:
             return
-        mixed, mean, apart, labelled, count = all_sum(self._sums).unbind()
-        values = {"n_samples": count.new_tensor(len(self._members)), "disagreement": apart / count}
+        mixed, mean, apart_sum, labelled, count = all_sum(self._sums).unbind()
+        values = {"n_samples": count.new_tensor(len(self._members))}
+        if self.log_prob is None:
+            values["disagreement"] = apart_sum / count
         if labelled:
             values |= {"mixture_nll": mixed / labelled, "mean_sample_nll": mean / labelled}
             values["gain"] = values["mean_sample_nll"] - values["mixture_nll"]
@@ -586,11 +903,18 @@ class LangevinMixture(Recipe):
             "taken": self._taken,
             "due": self._due,
             "samples": list(self._samples),
+            "code": self._code,
+            "regret": self._regret,
+            "stream_over": self._stream_over,
+            "ring": [list(each) for each in self._ring],
+            "fresh": self._fresh,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._steps, self._burn_in, self._taken = state["steps"], state["burn_in"], state["taken"]
         self._due, self._samples = state["due"], list(state["samples"])
+        self._code, self._regret, self._stream_over = (state.get(k) for k in ("code", "regret", "stream_over"))
+        self._ring, self._fresh = [tuple(each) for each in state.get("ring", [])], state.get("fresh", False)
 
 
 def _like(own: Mapping[str, Parameter], member: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -601,3 +925,8 @@ def _like(own: Mapping[str, Parameter], member: Mapping[str, Tensor], device: to
             name: Parameter(value.to(device), own[name].requires_grad) if name in own else value.to(device)
             for name, value in member.items()
         }
+
+
+def _stacked(outputs: Sequence[Any]) -> Any:
+    """Outputs of M members as one, with M as the first axis of its tensors."""
+    return tree_map(lambda *each: torch.stack(each) if isinstance(each[0], Tensor) else list(each), *outputs)

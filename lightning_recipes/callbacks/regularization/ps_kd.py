@@ -18,6 +18,9 @@ two are not equal.
 OURS is what becomes of Mixup, CutMix and BANG beside it: the batch is mixed first, q starts from the mixed label, and
 the rows of P are mixed alike; what is stored for a sample is the prediction for the mixture that it led.
 
+OURS too is ``targets``: P from a file that a teacher's run wrote (``LangevinMixture(distill=...)``), the same in every
+epoch. That is plain distillation at temperature 1, with (1 - alpha_e) of the label.
+
 Costs, as a table: no pass, 4 C bytes a sample (2 C as float16) and a copy of n rows to and from it a step. As a
 snapshot: a forward pass without gradients, and a copy of the weights.
 """
@@ -32,8 +35,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_recipes.core.artefacts import content_at, key_of
 from lightning_recipes.core.copies import FrozenCopy
-from lightning_recipes.core.distributed import active
+from lightning_recipes.core.distributed import active, decided_on_rank_zero
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.mixing import as_probabilities, mixes_of
 from lightning_recipes.core.prepare import Plan
@@ -89,6 +93,29 @@ def agreement(past: Tensor, y: Tensor, known: Tensor | None = None) -> Tensor:
     return ((past.argmax(1) == labels) & counted).sum() / counted.sum().clamp_min(1)
 
 
+def soft_targets_at(path: str) -> Mapping[str, Any]:
+    """What a file of soft targets holds: ``log_probs`` float ``[n, C]``, the ``ids`` int64 ``[n]`` of their samples,
+    and the ``total`` of the data set.
+
+    Raises:
+        RecipeError: when there is none.
+    """
+    content = content_at(path)
+    if content.keys() != {"log_probs", "ids", "total"}:
+        raise RecipeError(f"{path} holds no soft targets of LangevinMixture(distill=...) but {', '.join(content)}")
+    return content
+
+
+def _as_table(given: Mapping[str, Any], classes: int, path: str) -> dict[str, Tensor]:
+    """Soft targets as the state of a table of probabilities."""
+    found, ids = given["log_probs"].exp(), given["ids"]
+    if found.shape[1] != classes:
+        raise RecipeError(f"targets={path!r} holds {found.shape[1]} classes a sample and the logits have {classes}")
+    rows, written = found.new_zeros(given["total"], classes), torch.zeros(given["total"], dtype=torch.bool)
+    rows[ids], written[ids] = found, True
+    return {"written": written, "rows": rows[written]}
+
+
 class PSKD(StepRecipe):
     """Mix every label with the model's own prediction of one epoch ago, more so as training goes on.
 
@@ -115,11 +142,15 @@ class PSKD(StepRecipe):
         num_classes: C, for a check of the memory before the first step; None is what the logits have.
         save_table: whether checkpoints hold the table. Without, a resume begins again with labels alone: not exact.
         criterion: which loss to observe, where it cannot be found: an index or a dotted name.
+        targets: a file of ``LangevinMixture(distill=...)``, or a folder that holds a single one: P is what stands there
+            from the first epoch on, and nothing of the model's own. alpha_T=1 with schedule='constant' trains on it
+            alone. A sample that is not in it keeps its label.
 
     Raises:
         RecipeError: for bad arguments; in setup for an unknown number of epochs, data without an index in table mode,
-            another data set than the checkpoint's, other recipes that rewrite targets without an order; in the first
-            step for a loss that is not one of classification and a table that does not fit into memory.
+            another data set than the checkpoint's or than that of the file, other recipes that rewrite targets without
+            an order; in the first step for a loss that is not one of classification and a table that does not fit into
+            memory.
     """
 
     paper = Paper(
@@ -145,7 +176,7 @@ class PSKD(StepRecipe):
         "SupCon": "it pairs samples of the same class, which needs hard labels",
     }
     comes_after: ClassVar[Mapping[str, str]] = dict.fromkeys(("Mixup", "CutMix", "BANG"), _MIXES_FIRST)
-    free_on_resume = frozenset({"storage", "save_table"})
+    free_on_resume = frozenset({"storage", "save_table", "targets"})  # the file may move, and is compared
 
     def __init__(
         self,
@@ -158,6 +189,7 @@ class PSKD(StepRecipe):
         num_classes: int | None = None,
         save_table: bool = True,
         criterion: str | int | None = None,
+        targets: str | None = None,
     ) -> None:
         super().__init__()
         check_argument(0 <= alpha_T <= 1, self, "alpha_T", alpha_T, "in [0, 1]")
@@ -169,6 +201,9 @@ class PSKD(StepRecipe):
         check_argument(dtype in ("float32", "float16"), self, "dtype", dtype, "'float32' or 'float16'")
         check_argument(storage in ("cpu", "device", "memmap"), self, "storage", storage, "'cpu', 'device' or 'memmap'")
         check_argument(num_classes is None or num_classes >= 2, self, "num_classes", num_classes, "None or at least 2")
+        ok = targets is None or (bool(targets) and mode == "table")
+        check_argument(ok, self, "targets", targets, "None or a file, with mode='table'")
+        self.targets = targets
         self.alpha_T, self.max_epochs, self.schedule, self.mode = alpha_T, max_epochs, schedule, mode
         self.dtype, self.storage, self.num_classes, self.save_table = dtype, storage, num_classes, save_table
         self.criterion = criterion
@@ -183,6 +218,8 @@ class PSKD(StepRecipe):
         self._copy: FrozenCopy | None = None
         self._new: tuple[Tensor, Tensor] | None = None  # ids and predictions of the batch at hand
         self._window: dict[int, tuple[Tensor, Tensor]] = {}  # what the batches of an open window have read
+        self._given: Mapping[str, Any] | None = None  # of the file of targets
+        self._given_key: str | None = None
         self._checked = self._told = False
 
     @property
@@ -204,6 +241,10 @@ class PSKD(StepRecipe):
         self._check_others(plan.trainer)
         self._trainer = plan.trainer
         plan.at_end(self._finish)
+        if self.targets is not None:
+            with speaking_for(self):
+                self._given = decided_on_rank_zero(lambda: soft_targets_at(self.targets), plan.trainer)
+            self._given_key = key_of(self._given)
         if self.mode == "table":
             otherwise = " or use mode='snapshot'"
             self._ids = SampleIds(plan.trainer, "PSKD(mode='table')", otherwise, self._check_size)
@@ -250,6 +291,11 @@ class PSKD(StepRecipe):
                 )
 
     def _check_size(self, total: int) -> None:
+        if self._given is not None and self._given["total"] != total:
+            raise RecipeError(
+                f"PSKD: the training set has {total} samples and that of targets={self.targets!r} had"
+                f" {self._given['total']}; soft targets belong to their samples"
+            )
         there = None if self._saved is None else len(self._saved["written"])
         if there is not None and there != total:
             raise RecipeError(
@@ -301,13 +347,14 @@ class PSKD(StepRecipe):
         if self._table is None:
             self._open(logits.shape[1], logits.device)
         past = None
-        if step.trainer.current_epoch > 0:
+        if step.trainer.current_epoch > 0 or self._given is not None:
             past = self._table.read(ids)
             if self.dtype == "float16":
                 past = normalised(past[0]), past[1]
         if step.replaying:
             return past
-        if self._new is None:  # not what an optimizer makes of a batch by running it over and over
+        # not what an optimizer makes of a batch by running it over and over
+        if self._new is None and self._given is None:
             with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
                 self._new = ids, logits.detach().float().softmax(1)
         if past is not None:
@@ -337,7 +384,7 @@ class PSKD(StepRecipe):
         if self._trainer is None or self._table is None:
             return
         (ids, values), self._new = self._new or (None, None), None
-        if active():
+        if active() and self._given is None:
             like = torch.empty(self._table.columns, device=pl_module.device)
             ids, values = of_all_ranks(ids, values, self._ids.most, like)
         if ids is not None:
@@ -379,9 +426,11 @@ class PSKD(StepRecipe):
                 "; mode='snapshot' needs none",
             )
             rank_zero_info(f"PSKD: past predictions take {self._table.size}")
-            if self._saved is not None:
+            if self._given is not None:
+                self._table.load(_as_table(self._given, classes, self.targets))
+            elif self._saved is not None:
                 self._table.load(self._saved)
-                self._saved = None
+            self._saved = None
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -389,19 +438,25 @@ class PSKD(StepRecipe):
         """The table or the copy as it stands, of rank 0 (it is the same on all); and what an open window has read."""
         zero = self._trainer is None or self._trainer.is_global_zero
         table = None
-        if zero and self.save_table:
+        if zero and self.save_table and self.targets is None:
             table = self._saved if self._table is None else self._table.state()
         return {
             "table": table,
             "copy": self._copy.state() if zero and self._copy else {},
             "window": {index: list(rows) for index, rows in self._window.items()},
             "epochs": self._epochs,
-            "left_out": self.mode == "table" and not self.save_table,
+            "left_out": self.mode == "table" and not self.save_table and self.targets is None,
+            "targets": self._given_key,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         if self._trainer is None:
             return
+        if state.get("targets") != self._given_key:
+            raise RecipeError(
+                f"PSKD: targets={self.targets!r} holds other soft targets than the run of the checkpoint had; resume"
+                " with its file, or start a new fit from the checkpoint's weights"
+            )
         if state["left_out"]:
             rank_zero_warn(
                 "PSKD: the checkpoint was written with save_table=False; past predictions begin again with the labels"

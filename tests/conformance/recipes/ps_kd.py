@@ -69,6 +69,10 @@ def misuses() -> list[Misuse]:
         argument(PSKD, "dtype must be 'float32' or 'float16'; got 'int8'", dtype="int8"),
         argument(PSKD, "storage must be 'cpu', 'device' or 'memmap'; got 'disk'", storage="disk"),
         argument(PSKD, "num_classes must be None or at least 2; got 1", num_classes=1),
+        argument(
+            PSKD, "targets must be None or a file, with mode='table'; got 'a.pt'", targets="a.pt", mode="snapshot"
+        ),
+        bad("a file of targets that is not there", "PSKD: there is no file a.pt", lambda: [PSKD(targets="a.pt")]),
         bad(
             "a run without a number of epochs",
             r"needs the number of epochs that alpha grows over; Trainer\(max_epochs=...\) is -1\. Give PSKD\(",

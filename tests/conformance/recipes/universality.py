@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch.optim import LBFGS, SGD, AdamW
 
 from lightning_recipes.callbacks import HypothesisWeightMonitor, LangevinMixture
+from lightning_recipes.core.likelihood import GaussianLogProb
 from tests.conformance.misuse import SAM, Misuse, MultiLabel, Regression, X, Y, argument, sees_no_loss, stepped_by
 from tests.conformance.table import Row
 from tests.stock import loader
@@ -28,6 +30,10 @@ ROWS = [
         "langevin_mixture_grad",
         lambda: [LangevinMixture(**SHORT, prior_std=None, inject="grad", storage="device")],
         lambda: [LangevinMixture(0.0)],
+    ),
+    Row(
+        "langevin_mixture_prequential",
+        lambda: [LangevinMixture(**{**SHORT, "max_samples": 3}, prior_std=None, prequential=True)],
     ),
     Row(
         "hypothesis_weight",
@@ -80,6 +86,19 @@ def of_mixture() -> list[Misuse]:
         bad("inject must be 'param' or 'grad'; got 'weights'", inject="weights"),
         bad(stages + "'val'", evaluate="val"),
         bad(stages + r"\('train',\)" + r"|" + stages + r"\['train'\]", evaluate=["train"]),
+        bad("log_prob must be None, or a function of outputs and targets; got 'gaussian'", log_prob="gaussian"),
+        bad("distill must be None or a folder, and None beside log_prob: it is for classes; got ''", distill=""),
+        bad(
+            "distill must be None or a folder, and None beside log_prob: it is for classes; got 'targets'",
+            distill="targets",
+            log_prob=GaussianLogProb(),
+        ),
+        langevin(
+            "a code of labels that are no class indices",
+            r"a code of labels needs logits \[n, classes\] and class indices \[n\]",
+            short(prequential=True),
+            data=lambda: loader(X, F.one_hot(Y, 3).float()),
+        ),
         langevin("a part that is not there", "forward must be 'forward' or the name of a sub", short(forward="body")),
         langevin(
             "a burn-in beyond the end",
