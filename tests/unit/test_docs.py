@@ -119,7 +119,7 @@ def test_the_evidence_has_every_claim_under_its_recipe_and_each_page_links_to_th
     held = sum(bool(claim["holds"]) for name in NAMES for claim in cli.claims(name))
     total = sum(len(cli.claims(name)) for name in NAMES)
     assert f"{held} of {total} claims of {len(starts)} recipes show." in said
-    assert all(f"recipes/{name}.html" in page.links for name in NAMES), "a recipe without a claim is named too"
+    assert all(f"recipes/{name}.html" in page.links for name in NAMES if not cli.claims(name)), "these are named too"
 
 
 def test_the_tutorials_are_listed_in_the_order_of_their_index(site: Path) -> None:
