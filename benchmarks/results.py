@@ -116,7 +116,7 @@ def results_table() -> str:
 def _cells(summary: dict[str, Any], base: dict[str, Any], row: dict[str, Any]) -> list[str]:
     from lightning_recipes.compare.report import p_text, signed
 
-    about = [summary["base"], summary["metric"]]
+    about = [summary["base"].partition(" (")[0], summary["metric"]]  # a base's name, without the configs behind it
     difference = row["difference"]
     if difference is None or row["mean"] is None or base["mean"] is None:
         last = [line for each in row["failed"] for line in each["lines"][-1:]]
