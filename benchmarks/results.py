@@ -162,10 +162,11 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> Path | None:
     all_axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axes, (group, (summary, rows)) in zip(all_axes, panels.items()):
         base = next(row for row in summary["rows"] if row["recipe"] == BASE)["mean"]
-        seeds, better = len(summary["seeds"]), "right" if summary["mode"] == "max" else "left"
-        title = f"{group}: {summary['metric']}, the base at {base['mean']:.4g}, {seeds} seeds"
+        seeds = "1 seed" if len(summary["seeds"]) == 1 else f"{len(summary['seeds'])} seeds"
+        title = f"{group}: {summary['metric']}, the base at {base['mean']:.4g}, {seeds}"
         axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
-        axes.set_title(f"better is {better}", loc="right", fontsize=8.5, color=COLOURS["noise"])
+        if summary["mode"] == "min":
+            axes.set_title("smaller is better", loc="right", fontsize=8.5, color=COLOURS["noise"])
         axes.axvline(0, color="#1b1f24", linewidth=0.8, zorder=1)
         for place, row in enumerate(rows):
             found, colour = row["difference"], COLOURS[row["verdict"]]
