@@ -58,7 +58,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add a page and two pictures a recipe.
+    """Add a page and two pictures a recipe, and the picture of all that were compared.
 
     Raises:
         PluginError: a recipe has no picture, or a picture no recipe.
@@ -73,6 +73,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"pictures/{name}.svg", content=light))
         files.append(File.generated(config, f"pictures/{name}-dark.svg", content=dark))
         files.append(File.generated(config, pages.path(name), content=pages.page(recipe)))
+    compared = (ROOT / "benchmarks" / "results.png").read_bytes()
+    files.append(File.generated(config, "pictures/results.png", content=compared))
     return files
 
 

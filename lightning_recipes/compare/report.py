@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ from lightning_recipes.compare.statistics import (
 from lightning_recipes.core.artefacts import Content, write_text, written_whole
 from lightning_recipes.core.errors import RecipeError
 
+SHARED = (
+    "Runs shared their machine, with one another (--jobs above 1, several commands) or with other programs: step times"
+    " and fit times are noisy."
+)
 Values = dict[int, float]
 """By seed."""
 
@@ -269,10 +274,25 @@ def _notes(plan: Plan, rows: Sequence[Row], there: Mapping[str, Mapping[int, Con
         notes.append("Memory is what PyTorch had allocated on the GPU at most.")
     if len({each["machine"]["host"] for each in results} | {each["machine"]["device"] for each in results}) > 2:
         notes.append("The runs were on several machines: of times and memory only large differences mean anything.")
+    if _shared(results):
+        notes.append(SHARED)
     other = [row.name for row in rows if row.order == "other"]
     if other:
         notes.append(f"Other samples, or another order, than the base by their own doing: {', '.join(other)}.")
     return notes
+
+
+def _shared(results: Sequence[Content]) -> bool:
+    """Whether runs went on at once on one machine, or most of them beside more programs than it has cores."""
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for each in results:
+        if each.get("started"):  # not kept by earlier versions
+            spans.setdefault(each["machine"]["host"], []).append(
+                (each["started"], each["started"] + each["fit_seconds"])
+            )
+    at_once = any(one[1] > other[0] for found in spans.values() for one, other in pairwise(sorted(found)))
+    beside = [each["load"] > each["machine"]["cores"] for each in results if "load" in each]
+    return at_once or 2 * sum(beside) > len(results)
 
 
 def _machines(results: Sequence[Content]) -> list[str]:

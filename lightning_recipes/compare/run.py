@@ -156,7 +156,7 @@ class Measure(pl.Callback):
         self.curve: list[dict[str, float]] = []
         self.intervals: list[float] = []  # seconds
         self.trainable = self.parameters = self.peak = self.before = 0
-        self.seconds = 0.0
+        self.seconds = self.started = self.load = 0.0
         self._began = self._last = self._told = 0.0
         self._whole = False
 
@@ -164,7 +164,7 @@ class Measure(pl.Callback):
         self._device = trainer.strategy.root_device
         self.before = _memory_now(self._device)
         _reset_peak(self._device)
-        self._began = time.perf_counter()
+        self.started, self._began = time.time(), time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
@@ -197,6 +197,7 @@ class Measure(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seconds = time.perf_counter() - self._began
+        self.load = psutil.getloadavg()[0]  # of the last minute
         self.peak = _peak(self._device)
 
     def _note(self, trainer: pl.Trainer) -> None:
@@ -287,7 +288,8 @@ def train(folder: Path, seed: int) -> Content:
     Returns:
         plain values: ``metrics``, the last value of everything that was logged, those of the evaluation after the fit
         before those of the fit; ``curve``, all of them at every validation; ``step_seconds``, ``fit_seconds``,
-        ``peak_memory`` and ``memory_before`` in bytes, ``trainable`` and ``parameters``; ``order``; ``notes``.
+        ``peak_memory`` and ``memory_before`` in bytes, ``trainable`` and ``parameters``; ``order``; ``notes``;
+        ``started``, seconds since 1970, and ``load``, how many programs wanted to run on the machine at the end.
     """
     measure, order = Measure(folder), SameOrder(seed)
     cli = RunCLI(["fit", "--config", str(folder / "config.yaml")], measure, order)
@@ -307,6 +309,8 @@ def train(folder: Path, seed: int) -> Content:
         "curve": measure.curve,
         "step_seconds": measure.step_seconds(),
         "fit_seconds": measure.seconds,
+        "started": measure.started,
+        "load": measure.load,
         "steps": trainer.fit_loop.epoch_loop.global_step,
         "peak_memory": measure.peak,
         "memory_before": measure.before,
@@ -318,6 +322,7 @@ def train(folder: Path, seed: int) -> Content:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "host": platform.node(),
             "threads": torch.get_num_threads(),
+            "cores": psutil.cpu_count(),
             "torch": str(torch.__version__),
             "lightning": str(pl.__version__),
             "python": platform.python_version(),

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,26 @@ def test_the_words_say_when_nothing_can_be_told(saved):
     assert re.search(r"Some \d+ seeds would tell a true difference of this size\.", words)
     assert row(found, "better").words.startswith("Better than the base: +0.0302 (95 % ")
     assert "p below 0.001 after correction for 4 comparisons" in row(found, "better").words
+
+
+@pytest.mark.parametrize(
+    ("starts", "loads", "shared"),
+    [
+        ((0, 10), (1.0, 1.0), False),  # each fit takes 2 seconds
+        ((0, 1.5), (1.0, 1.0), True),
+        ((0, 10), (2.5, 3.0), True),  # more programs than the two cores
+        ((0, 10), (1.0, 3.0), False),  # in one of two runs
+    ],
+)
+def test_step_times_of_runs_that_shared_their_machine_are_said_to_be_noisy(tmp_path, starts, loads, shared):
+    whole = made_up(tmp_path, seeds=1)
+    plan = replace(whole, arms=whole.arms[:2], runs=whole.runs[:2])
+    for one, start, load in zip(plan.runs, starts, loads, strict=True):
+        kept = content(0.9, started=1.7e9 + start, load=load)
+        one.artefact.save({**kept, "machine": {**kept["machine"], "cores": 2}})
+    found = report.collect(plan)
+    assert (report.SHARED in found.notes) == shared
+    assert (report.SHARED in report.html(found)) == shared and (report.SHARED in report.markdown(found, {})) == shared
 
 
 def test_with_a_smaller_is_better_metric_the_verdicts_turn(tmp_path):

@@ -49,3 +49,29 @@ def test_the_table_has_a_row_a_recipe_from_the_sums(tmp_path, monkeypatch):
     assert rows["Guidance"].endswith("| no comparison: RecipeError: <b>this is why</b> |")
     assert rows["DropBlock"].endswith("| not run yet |")
     assert rows["BackdoorAdjustment"].endswith(f"| {results.REASONS['BackdoorAdjustment']} |")
+    assert report.SHARED not in rows["Mixup"] and not lines[0].startswith(report.SHARED)
+    summary["notes"].append(report.SHARED)
+    (tmp_path / "results.json").write_text(json.dumps({"digits_cnn": summary}), encoding="utf-8")
+    assert results.results_table().splitlines() == [report.SHARED, "", *lines]
+
+
+def test_the_picture_has_a_panel_a_base_and_a_row_a_recipe(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **how: drawn.append(figure))
+    summary = report.summary(report.collect(made_up(tmp_path / "out")))
+    alone = {**summary, "rows": summary["rows"][:2]}
+    assert results.draw({"one": alone, "all": summary}, tmp_path / "results.png") == tmp_path / "results.png"
+    panels = drawn[0].axes
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "all: val/acc, the base at 0.904, 5 seeds",
+        "one: val/acc, the base at 0.904, 5 seeds",
+    ]
+    names = [[label.get_text() for label in axes.get_yticklabels()] for axes in panels]
+    assert names == [["worse", "noise", "a_recipe_with_a_rather_long_name+another", "better"], ["better"]]
+    low, high = panels[1].lines[1].get_xdata()
+    assert (low, high) == pytest.approx((0.0292, 0.0312), abs=1e-4)
+    assert [words.get_text() for words in panels[1].texts] == ["+0.0302  better"]
+    assert panels[1].lines[1].get_color() == results.COLOURS["better"] != panels[0].lines[1].get_color()
+    assert results.draw({}, tmp_path / "none.png") is None
