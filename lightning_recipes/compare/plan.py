@@ -218,7 +218,13 @@ def make_plan(
         name, over, words = _read(each, "recipe")
         if name in {arm.name for arm in arms}:
             raise RecipeError(f"recipe: there are two arms of the name {name!r}; name one: --recipe other=...")
-        arms.append(Arm(name, _config([*under, *over], name, limit), words))
+        config = _config([*under, *over], name, limit)
+        if _plain(config) == _plain(arms[0].config):
+            raise RecipeError(
+                f"recipe: {name!r} changes nothing of the base. A class that stands at the same place in both keeps the"
+                " arguments that it is not given anew; `callbacks+` adds to the list"
+            )
+        arms.append(Arm(name, config, words))
     plan = Plan(arms, seeds, metric, mode, limit, Path(out), arms[0].laid)
     plan.runs.extend(run_of(plan.out, arm, seed) for seed in seeds for arm in arms)
     return plan

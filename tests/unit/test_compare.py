@@ -204,6 +204,7 @@ def test_everything_that_a_run_writes_is_in_its_own_folder(here):
     [
         (["--recipe=aaer.yaml"], "config file 'aaer.yaml' not found"),
         (["--recipe=recipes/aaer.yaml", "--recipe=recipes/aaer.yaml"], "two arms of the name 'aaer'"),
+        (["--recipe=again=base.yaml"], "'again' changes nothing of the base"),
         (["--recipe=wrong.yaml"], "the config of 'wrong' cannot be read: "),
         (["--recipe=refused.yaml"], "the config of 'refused' cannot be used: AAER: epsilon must be"),
         (["--recipe=draws.yaml", "--budget=5"], "budget must be"),
