@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.results import results_table
-from lightning_recipes.cli import recipes, table
+from lightning_recipes.catalog import recipes, table
 
 ROOT = Path(__file__).parents[1]
 

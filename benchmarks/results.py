@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from lightning_recipes.cli import config_folder, recipes
+from lightning_recipes.catalog import config_folder, recipes
 from lightning_recipes.compare.plan import BASE
 
 RESULTS = Path(__file__).parent / "results.json"

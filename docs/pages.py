@@ -13,7 +13,7 @@ from typing import Any
 import docstring_parser
 from pictures import PICTURES
 
-from lightning_recipes import cli, datamodules, modules
+from lightning_recipes import catalog, datamodules, modules
 
 TITLES = {
     "continual": "Continual learning",
@@ -31,7 +31,7 @@ SAYS = {
 @functools.cache
 def known() -> dict[str, type]:
     """Every public recipe, by class name."""
-    return cli.recipes()
+    return catalog.recipes()
 
 
 def path(name: str) -> str:
@@ -49,7 +49,7 @@ def by_folder() -> dict[str, dict[str, type]]:
     """The recipes by what a user wants them for, in alphabetical order."""
     found: dict[str, dict[str, type]] = {}
     for name, recipe in sorted(known().items(), key=lambda item: item[0].lower()):
-        found.setdefault(cli.purpose(recipe), {})[name] = recipe
+        found.setdefault(catalog.purpose(recipe), {})[name] = recipe
     return {folder: found[folder] for folder in sorted(found, key=lambda folder: (folder in LAST, folder))}
 
 
@@ -65,14 +65,14 @@ def about(folder: str) -> str:
 def page(recipe: type) -> str:
     """A recipe's page: picture, what it does and costs, how to use it, its arguments, its maths and its evidence."""
     name = recipe.__name__
-    folder = cli.purpose(recipe)
+    folder = catalog.purpose(recipe)
     where = f"[Gallery](../gallery.md) / [{title(folder)}](../gallery.md#{folder})\n{{ .trail }}"
     parts = [f"---\ntitle: {name}\nhide: [toc]\n---", where, f"# {name}", f"{prose(recipe.does)}\n{{ .does }}"]
     parts += ['<div class="top" markdown>', figure(name, "../"), terms(facts(recipe)), "</div>"]
     parts += [*use(recipe), *how_it_works(recipe), "## Arguments"]
-    declared = [(f"`{name}{kind}`", prose(says)) for name, kind, says in cli.documented_arguments(recipe)]
+    declared = [(f"`{name}{kind}`", prose(says)) for name, kind, says in catalog.documented_arguments(recipe)]
     parts += [terms(declared) if declared else "None."]
-    if others := cli.beside(recipe):
+    if others := catalog.beside(recipe):
         parts += ["## Beside other recipes", others_table(others)]
     return "\n\n".join([*parts, "## Evidence", evidence(name)]) + "\n"
 
@@ -80,7 +80,7 @@ def page(recipe: type) -> str:
 def facts(recipe: type) -> list[tuple[str, str]]:
     """Those of the card, with links."""
     found: list[tuple[str, str]] = []
-    for label, text in cli.facts(recipe):
+    for label, text in catalog.facts(recipe):
         text = text[:1].upper() + text[1:] if label == "Runs on" else text
         text = f"<{text}>" if text.startswith("https://") else prose(text)
         if label:
@@ -99,15 +99,15 @@ def use(recipe: type) -> list[str]:
     """How to use it: what the class says, its configs and the line that imports it."""
     says = docstring_parser.parse(inspect.getdoc(recipe) or "")
     parts = ["## Use", *(prose(text) for text in (says.short_description, says.long_description) if text)]
-    for file in cli.config_files(recipe):
-        shown = file.relative_to(cli.config_folder()).as_posix()
+    for file in catalog.config_files(recipe):
+        shown = file.relative_to(catalog.config_folder()).as_posix()
         whole = shown.startswith("papers/")
         command = f"--config {shown}" if whole else f"--config mine.yaml --config {shown}"
         block = (
             fenced(f"lightning-recipes fit {command}", "sh") + "\n\n" + fenced(file.read_text("utf-8"), "yaml", shown)
         )
         parts.append(f'=== "{file.name}"\n\n' + indented(block))
-    parts.append('=== "Python"\n\n' + indented(fenced(cli.import_line(recipe), "python")))
+    parts.append('=== "Python"\n\n' + indented(fenced(catalog.import_line(recipe), "python")))
     return parts
 
 
@@ -126,7 +126,7 @@ def others_table(others: Sequence[tuple[str, str, str]]) -> str:
 
 def evidence(name: str) -> str:
     """The measured claims as a table, and in which settings they were measured."""
-    claims = cli.claims(name)
+    claims = catalog.claims(name)
     if not claims:
         return "None recorded yet: nothing is claimed of this one that a small experiment could show."
     settings = list(dict.fromkeys(claim["setting"] for claim in claims if claim.get("setting")))
@@ -148,7 +148,7 @@ def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
 
 def all_evidence() -> str:
     """The claims of every recipe under its name, so that each can be found and linked to; then who has none."""
-    with_claims = {name: claims for name in sorted(known(), key=str.lower) if (claims := cli.claims(name))}
+    with_claims = {name: claims for name in sorted(known(), key=str.lower) if (claims := catalog.claims(name))}
     held = [sum(bool(claim.get("holds")) for claim in claims) for claims in with_claims.values()]
     of = sum(map(len, with_claims.values()))
     parts = [
@@ -235,7 +235,7 @@ def card(recipe: type, up: str) -> str:
 
 def shown(name: str) -> str:
     """The evidence in one line: a dot a claim, and the first one's figures."""
-    claims = cli.claims(name)
+    claims = catalog.claims(name)
     if not claims:
         return "nothing to measure" if known()[name].paper is None else "no claim measured yet"
     first = claims[0]

@@ -20,7 +20,7 @@ import lightning_recipes.callbacks
 import lightning_recipes.datamodules
 import lightning_recipes.modules
 from lightning_recipes import __version__
-from lightning_recipes.cli import PROG, find_config
+from lightning_recipes.catalog import PROG, find_config
 from lightning_recipes.core.errors import RecipeError
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.claims.findings import deviation
 from benchmarks.claims.training import seeded
 from benchmarks.papers.command import Command, save
-from lightning_recipes.cli import config_folder
+from lightning_recipes.catalog import config_folder
 from lightning_recipes.core.diagnostics import draw_curves
 from lightning_recipes.core.random import generator
 from lightning_recipes.datamodules import GPPrior, PriorDataModule

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_recipes.cli import PROG
+from lightning_recipes.catalog import PROG
 from lightning_recipes.compare import engines, report
 from lightning_recipes.compare.plan import BASE, Plan, Run, make_plan
 from lightning_recipes.compare.run import prepare

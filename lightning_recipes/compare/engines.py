@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lightning_recipes.cli import PROG
+from lightning_recipes.catalog import PROG
 from lightning_recipes.compare.plan import Plan, Run
 from lightning_recipes.core.artefacts import Content, write_text
 from lightning_recipes.core.errors import RecipeError

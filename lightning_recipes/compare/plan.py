@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from lightning_recipes import __version__
-from lightning_recipes.cli import find_config
+from lightning_recipes.catalog import find_config
 from lightning_recipes.core.artefacts import Artefact, key_of
 from lightning_recipes.core.errors import RecipeError
 

@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_recipes.cli import PROG
+from lightning_recipes.catalog import PROG
 from lightning_recipes.compare.plan import Run
 from lightning_recipes.core.artefacts import Artefact, Content, write_text
 from lightning_recipes.core.errors import RecipeError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_recipes.cli import config_folder
+from lightning_recipes.catalog import config_folder
 from tests.tutorials.page import Block, Picture, Run, parse
 from tests.tutorials.update import pages
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_recipes import callbacks, cli
+from lightning_recipes import callbacks, catalog, cli
 from lightning_recipes.core.errors import check_argument
 from lightning_recipes.core.recipe import Paper, Recipe
 
@@ -76,7 +76,7 @@ FAKE = {"Shrinkage": Shrinkage, "Expansion": Expansion}
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(cli, "recipes", lambda: FAKE)
+    monkeypatch.setattr(catalog, "recipes", lambda: FAKE)
     return f"{__name__}.Shrinkage"
 
 
@@ -124,7 +124,7 @@ def test_help_lists_every_command(args, capsys):
 
 def test_help_and_version_import_nothing_heavy():
     code = (
-        "import sys; from lightning_recipes.cli import build_parser, find_config; build_parser().format_help()\n"
+        "import sys; from lightning_recipes.cli import build_parser; build_parser().format_help()\n"
         "print([m for m in ('torch', 'lightning', 'peft', 'timm', 'jsonargparse') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -134,11 +134,11 @@ def test_list_imports_no_peft():
     code = "import sys; from lightning_recipes.cli import main; main(['list']); print('peft' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "False"
-    assert all(name in out for name in cli.recipes())
+    assert all(name in out for name in catalog.recipes())
 
 
 def test_recipes_are_the_public_callbacks_and_the_modules_that_a_paper_brings():
-    found = cli.recipes()
+    found = catalog.recipes()
     assert [name for name, cls in found.items() if cls.paper is None] == ["ExactResume"]
     assert {name: cls for name, cls in found.items() if name in callbacks.__all__} == {
         name: getattr(callbacks, name) for name in callbacks.__all__
@@ -162,7 +162,7 @@ def test_recipes_are_the_public_callbacks_and_the_modules_that_a_paper_brings():
     ]
     for cls in found.values():
         assert cls.paper is None or isinstance(cls.paper, Paper)
-        assert cls.does and cls.use_when and cls.costs and cli.purpose(cls)
+        assert cls.does and cls.use_when and cls.costs and catalog.purpose(cls)
 
 
 @pytest.mark.parametrize("columns", ["60", "100", "200"])
@@ -189,10 +189,10 @@ def test_show_prints_the_card(fake, monkeypatch, tmp_path, capsys):
     config = "# a comment\ntrainer:\n  callbacks+:\n    - class_path: Shrinkage\n      init_args: {rate: 2}\n"
     (folder / "recipes" / "shrinkage.yaml").write_text(config)
     (folder / "recipes" / "other.yaml").write_text("trainer: {callbacks+: [Timer, Shrinkage, Expansion]}\n")
-    monkeypatch.setattr(cli, "config_folder", lambda: folder)
-    assert [path.name for path in cli.config_files(Shrinkage)] == ["shrinkage.yaml"]
-    assert [path.name for path in cli.config_files(Expansion)] == ["other.yaml"]
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
+    monkeypatch.setattr(catalog, "config_folder", lambda: folder)
+    assert [path.name for path in catalog.config_files(Shrinkage)] == ["shrinkage.yaml"]
+    assert [path.name for path in catalog.config_files(Expansion)] == ["other.yaml"]
+    monkeypatch.setattr(catalog, "__file__", str(tmp_path / "catalog.py"))
     facts = {"claim": "It shrinks.", "with": 0.9, "without": 0.5, "seeds": 5, "data": "digits"}
     (tmp_path / "evidence.json").write_text(json.dumps({"Shrinkage": [facts]}))
     assert cli.main(["show", "shrinkage"]) == 0
@@ -217,8 +217,8 @@ def test_show_says_where_a_recipe_runs(capsys):
 
 
 def test_show_without_evidence_says_so(fake, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "cli.py"))
-    monkeypatch.setattr(cli, "config_files", lambda recipe: [])
+    monkeypatch.setattr(catalog, "__file__", str(tmp_path / "catalog.py"))
+    monkeypatch.setattr(catalog, "config_files", lambda recipe: [])
     cli.main(["show", "Expansion"])
     assert capsys.readouterr().out.endswith("Evidence\n  none recorded yet\n")
 
@@ -228,12 +228,12 @@ def test_show_of_an_unknown_name(fake, capsys):
     assert "no recipe named 'qq': there are Expansion, Shrinkage." in refused(capsys, "show", "qq")
 
 
-@pytest.mark.parametrize("name", sorted(cli.recipes()))
+@pytest.mark.parametrize("name", sorted(catalog.recipes()))
 def test_every_recipe_has_a_card_with_documented_arguments_and_a_config(name, capsys):
     assert cli.main(["show", name]) == 0
     out = capsys.readouterr().out
     assert "--config recipes/" in out or (name not in callbacks.__all__ and "--config papers/" in out)
-    for lines in cli.arguments(cli.recipes()[name]):
+    for lines in catalog.arguments(catalog.recipes()[name]):
         assert len(lines) > 1, f"{name}: the argument in {lines[0]!r} has no line in the docstring"
 
 
@@ -244,21 +244,21 @@ def test_a_config_here_comes_before_a_shipped_one(elsewhere, monkeypatch):
     shipped = elsewhere / "shipped"
     (shipped / "recipes").mkdir(parents=True)
     (shipped / "recipes" / "a.yaml").touch()
-    monkeypatch.setattr(cli, "config_folder", lambda: shipped)
-    assert cli.find_config("recipes/a.yaml") == str(shipped / "recipes" / "a.yaml")
+    monkeypatch.setattr(catalog, "config_folder", lambda: shipped)
+    assert catalog.find_config("recipes/a.yaml") == str(shipped / "recipes" / "a.yaml")
     (elsewhere / "recipes").mkdir()
     (elsewhere / "recipes" / "a.yaml").touch()
-    assert cli.find_config("recipes/a.yaml") == "recipes/a.yaml"
+    assert catalog.find_config("recipes/a.yaml") == "recipes/a.yaml"
     for other in ("trainer: {max_epochs: 1}", "s3://bucket/a.yaml", str(shipped / "recipes" / "a.yaml")):
-        assert cli.find_config(other) == other
+        assert catalog.find_config(other) == other
 
 
 def test_a_config_that_is_nowhere(elsewhere, capsys):
     err = refused(capsys, "fit", "--config", "recipes/aear.yaml")
     assert "'recipes/aear.yaml' not found" in err
-    assert str(elsewhere) in err and str(cli.config_folder()) in err
-    for path in cli.config_folder().rglob("*.yaml"):
-        assert f"\n  {path.relative_to(cli.config_folder()).as_posix()}\n" in err
+    assert str(elsewhere) in err and str(catalog.config_folder()) in err
+    for path in catalog.config_folder().rglob("*.yaml"):
+        assert f"\n  {path.relative_to(catalog.config_folder()).as_posix()}\n" in err
 
 
 # -- laying configs over each other ----------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_a_printed_config_builds_the_same_run(fake, elsewhere, capsys):
 
 
 def shipped(folder):
-    root = cli.config_folder()
+    root = catalog.config_folder()
     return sorted(p.relative_to(root).as_posix() for p in (root / folder).glob("*.yaml"))
 
 

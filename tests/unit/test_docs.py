@@ -14,10 +14,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from lightning_recipes import cli
+from lightning_recipes import catalog
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(cli.recipes())
+NAMES = sorted(catalog.recipes())
 README = ROOT / "README.md"
 SECTIONS = re.findall(r"^## (.*)", README.read_text(encoding="utf-8"), re.MULTILINE) if README.is_file() else []
 
@@ -67,19 +67,19 @@ def words(text: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_has_a_page_in_the_words_of_its_card(name: str, site: Path) -> None:
-    recipe, page = cli.recipes()[name], Read(site / "recipes" / f"{name}.html")
+    recipe, page = catalog.recipes()[name], Read(site / "recipes" / f"{name}.html")
     said = words(page.text)
-    for text in (recipe.does, recipe.use_when, recipe.costs, cli.import_line(recipe)):
+    for text in (recipe.does, recipe.use_when, recipe.costs, catalog.import_line(recipe)):
         assert words(text) in said
     if recipe.paper:
         assert words(recipe.paper.title) in said and recipe.paper.url in page.links
-    for argument, declared, says in cli.documented_arguments(recipe):
+    for argument, declared, says in catalog.documented_arguments(recipe):
         assert words(f"{argument}{declared}") in said and words(says) in said
-    for file in cli.config_files(recipe):
+    for file in catalog.config_files(recipe):
         assert words(file.read_text(encoding="utf-8")) in said
-    for claim in cli.claims(name):
+    for claim in catalog.claims(name):
         assert words(claim["claim"]) in said
-    for _, other, why in cli.beside(recipe):
+    for _, other, why in catalog.beside(recipe):
         assert other in said and words(why) in said
 
 
@@ -94,14 +94,14 @@ def test_every_recipe_has_a_picture_for_light_and_dark_pages(name: str, site: Pa
     assert "#000000" not in light.read_text(encoding="utf-8"), "a colour that is not of the palette: dark on dark"
     gallery = (site / "gallery.html").read_text(encoding="utf-8")
     assert f'href="recipes/{name}.html"' in gallery and f"pictures/{name}.svg#only-light" in gallery
-    assert words(cli.recipes()[name].does) in words(re.sub(r"<[^>]+>", " ", gallery))
+    assert words(catalog.recipes()[name].does) in words(re.sub(r"<[^>]+>", " ", gallery))
 
 
 def test_the_gallery_is_in_the_navigation_and_shows_every_claim(site: Path) -> None:
     gallery = (site / "gallery.html").read_text(encoding="utf-8")
     assert "gallery.html" in Read(site / "index.html").links
-    held = sum(bool(claim["holds"]) for name in NAMES for claim in cli.claims(name))
-    shown = sum(len(cli.claims(name)) for name in NAMES)
+    held = sum(bool(claim["holds"]) for name in NAMES for claim in catalog.claims(name))
+    shown = sum(len(catalog.claims(name)) for name in NAMES)
     assert (gallery.count('<i class="yes">'), gallery.count('<i class="no">')) == (held, shown - held)
     assert 0 < held < shown
 
@@ -109,17 +109,19 @@ def test_the_gallery_is_in_the_navigation_and_shows_every_claim(site: Path) -> N
 def test_the_evidence_has_every_claim_under_its_recipe_and_each_page_links_to_the_other(site: Path) -> None:
     html_ = (site / "evidence.html").read_text(encoding="utf-8")
     page, said = Read(site / "evidence.html"), words(Read(site / "evidence.html").text)
-    starts = [(html_.index(f'<h2 id="{name}"'), name) for name in NAMES if cli.claims(name)]
+    starts = [(html_.index(f'<h2 id="{name}"'), name) for name in NAMES if catalog.claims(name)]
     for (start, name), (end, _) in zip(sorted(starts), [*sorted(starts)[1:], (html_.index('<h2 id="none"'), "")]):
-        assert html_[start:end].count("<tr>") == 1 + len(cli.claims(name)), name
+        assert html_[start:end].count("<tr>") == 1 + len(catalog.claims(name)), name
         assert f"recipes/{name}.html#evidence" in page.links
         assert f"../evidence.html#{name}" in Read(site / "recipes" / f"{name}.html").links
-        for claim in cli.claims(name):
+        for claim in catalog.claims(name):
             assert words(claim["claim"]) in said
-    held = sum(bool(claim["holds"]) for name in NAMES for claim in cli.claims(name))
-    total = sum(len(cli.claims(name)) for name in NAMES)
+    held = sum(bool(claim["holds"]) for name in NAMES for claim in catalog.claims(name))
+    total = sum(len(catalog.claims(name)) for name in NAMES)
     assert f"{held} of {total} claims of {len(starts)} recipes show." in said
-    assert all(f"recipes/{name}.html" in page.links for name in NAMES if not cli.claims(name)), "these are named too"
+    assert all(f"recipes/{name}.html" in page.links for name in NAMES if not catalog.claims(name)), (
+        "these are named too"
+    )
 
 
 def test_the_tutorials_are_listed_in_the_order_of_their_index(site: Path) -> None:

@@ -48,7 +48,7 @@ def test_the_quickstart_goes_through(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "papers").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_papers_configs_are_read(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Parsed and printed whole, and what is printed is read again; nothing is built, so nothing is downloaded."""
-    from lightning_recipes import cli
+    from lightning_recipes import catalog
     from lightning_recipes.trainer_cli import run
 
     with pytest.raises(SystemExit) as done:
@@ -57,4 +57,4 @@ def test_the_papers_configs_are_read(path: Path, capsys: pytest.CaptureFixture[s
     printed = yaml.safe_load(capsys.readouterr().out)
     pieces = [*(printed["trainer"]["callbacks"] or []), printed["model"], printed["data"] or {"class_path": ""}]
     names = {piece["class_path"].rpartition(".")[2] for piece in pieces}
-    assert names & cli.recipes().keys(), "a paper's own setting has its recipe in it"
+    assert names & catalog.recipes().keys(), "a paper's own setting has its recipe in it"

@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 from benchmarks import results
-from lightning_recipes import cli
+from lightning_recipes import catalog
 from lightning_recipes.compare import report
 from lightning_recipes.compare.plan import make_plan
 from tests.comparison import made_up
 
 
 def test_every_recipe_is_compared_or_has_a_reason_and_never_both():
-    known, compared = set(cli.recipes()), set(results.compared())
+    known, compared = set(catalog.recipes()), set(results.compared())
     assert compared | set(results.REASONS) == known
     assert not compared & set(results.REASONS)
 
@@ -39,7 +39,7 @@ def test_the_table_has_a_row_a_recipe_from_the_sums(tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text(json.dumps({"digits_cnn": summary}), encoding="utf-8")
     monkeypatch.setattr(results, "RESULTS", Path(tmp_path / "results.json"))
     lines = results.results_table().splitlines()
-    assert len(lines) == 2 + len(cli.recipes())
+    assert len(lines) == 2 + len(catalog.recipes())
     rows = {line.split("`")[1]: line for line in lines[2:]}
     assert (
         "| 0.904 ± 0.011 | 0.9342 ± 0.012 | +0.0302 (+0.0292 to +0.0312) | <0.001 | ×2.00 | ×2.00 | **better** |"

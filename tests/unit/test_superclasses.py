@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_recipes import cli
+from lightning_recipes import catalog
 from lightning_recipes.datamodules import DigitsDataModule, SuperclassDataModule
 
 
@@ -45,7 +45,7 @@ def test_bad_super_classes_are_one_error() -> None:
 
 
 def test_the_papers_super_classes_are_20_of_5_classes_each() -> None:
-    path = cli.config_folder() / "papers" / "projection_head_cifar100.yaml"
+    path = catalog.config_folder() / "papers" / "projection_head_cifar100.yaml"
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     of = torch.tensor(config["data"]["init_args"]["superclasses"])
     assert of.bincount().tolist() == [5] * 20

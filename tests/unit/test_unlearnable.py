@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_recipes import cli
+from lightning_recipes import catalog
 from lightning_recipes.core.errors import RecipeError
 from lightning_recipes.datamodules import (
     ArrayDataModule,
@@ -553,7 +553,7 @@ def test_classes_keep_their_labels_in_folders_whatever_they_are_called(tmp_path:
 
 
 def test_the_papers_config_is_its_experiment() -> None:
-    path = cli.config_folder() / "papers" / "unlearnable_cifar10.yaml"
+    path = catalog.config_folder() / "papers" / "unlearnable_cifar10.yaml"
     data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
     assert data["class_path"] == "UnlearnableDataModule"
     arguments = data["init_args"]
