@@ -1,4 +1,5 @@
-"""What a network says of its targets, as a log-probability: for whatever weighs networks by their likelihood.
+"""What a network says of its targets, as a log-probability, and what several say together: for whatever weighs networks
+by their likelihood.
 
 A log-probability is any function ``log_prob(outputs, targets) -> [n]`` of what the network puts out and the targets of
 the batch. One that also has ``mixture(outputs)``, from the outputs of M networks ``[M, n, ...]`` to ``[n, ...]``, says
@@ -82,3 +83,66 @@ class GaussianLogProb:
             )
         mean, log_std = outputs.chunk(2, -1)
         return mean, log_std
+
+
+# -- mixtures of M networks -------------------------------------------------------------------------------------------
+
+
+def mixture_log_prob(log_probs: Tensor) -> Tensor:
+    """log of the mean of probabilities.
+
+    Args:
+        log_probs: ``[M, ...]``, the log-probabilities of M members, normalised.
+
+    Returns:
+        ``[...]``.
+    """
+    return log_probs.logsumexp(0) - math.log(len(log_probs))
+
+
+def mixture_sums(log_probs: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
+    """What a batch adds to the figures of a mixture.
+
+    Args:
+        log_probs: of the members, ``[M, n, classes]``.
+        log_q: of the mixture, ``[n, classes]``.
+        labels: int64 ``[n]``; None where they are not known.
+
+    Returns:
+        fp64 ``[5]``: sums over samples of the mixture's log-loss, of the members' mean log-loss, of the mean of
+        KL(member || mixture); the number of samples with a label, and of all.
+    """
+    apart = (log_probs.exp() * (log_probs - log_q)).nan_to_num(nan=0.0).sum(-1).mean(0).double().sum()
+    n = log_q.new_tensor(len(log_q), dtype=torch.float64)
+    if labels is None:
+        zero = torch.zeros_like(n)
+        return torch.stack([zero, zero, apart, zero, n])
+    at = labels[:, None]
+    mixed = -log_q.gather(1, at).double().sum()
+    mean = -log_probs.gather(2, at.expand(len(log_probs), -1, 1)).mean(0).double().sum()
+    return torch.stack([mixed, mean, apart, n, n])
+
+
+def likelihood_sums(log_probs: Tensor) -> Tensor:
+    """:func:`mixture_sums` where members give log-probabilities of the targets alone; of KL(member || mixture) nothing
+    is known.
+
+    Args:
+        log_probs: of the members, ``[M, n]``.
+    """
+    mixed, mean = -mixture_log_prob(log_probs).double().sum(), -log_probs.mean(0).double().sum()
+    n = torch.full_like(mixed, log_probs.shape[1])
+    return torch.stack([mixed, mean, torch.zeros_like(mixed), n, n])
+
+
+def code_lengths(log_probs: Tensor) -> Tensor:
+    """What a batch adds to the code, before it is trained on.
+
+    Args:
+        log_probs: of its targets ``[M, n]``, the last member the weights at hand.
+
+    Returns:
+        fp64 ``[3]``: nats by the mixture, nats by the weights at hand alone, and n.
+    """
+    mixed, last = -mixture_log_prob(log_probs).double().sum(), -log_probs[-1].double().sum()
+    return torch.stack([mixed, last, torch.full_like(mixed, log_probs.shape[1])])

@@ -18,17 +18,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_recipes.callbacks import PSKD, ExactResume, LangevinMixture
 from lightning_recipes.callbacks.regularization.langevin_mixture import (
-    code_lengths,
     gradient_deviation,
-    mixture_log_prob,
-    mixture_sums,
     noise_deviation,
     prior_strength,
     slot,
     stationary_variance,
 )
 from lightning_recipes.core.errors import RecipeError
-from lightning_recipes.core.likelihood import GaussianLogProb
+from lightning_recipes.core.likelihood import GaussianLogProb, code_lengths, mixture_log_prob, mixture_sums
 from lightning_recipes.core.noise import add_noise_
 from lightning_recipes.core.recipe import Recipe
 from lightning_recipes.core.step import observe

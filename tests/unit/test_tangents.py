@@ -212,6 +212,17 @@ def test_what_cannot_be_differentiated_is_refused_by_its_name() -> None:
     assert "cannot differentiate the outputs of head with respect to the layers before it (" in says
 
 
+class Asks(nn.Linear):
+    """What it does depends on what it gets, which ``vmap`` cannot know."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if bool(x.sum() > 0) else x
+
+
+def test_a_layer_that_cannot_be_called_sample_by_sample_is_refused_by_its_name() -> None:
+    assert "cannot call body (Asks) sample by sample (" in refused(Asks(4, 4), lambda body, x: body(x))
+
+
 def test_layers_that_are_not_called_once_on_one_tensor_are_refused_by_their_name() -> None:
     layer = nn.Linear(4, 4)
     assert "body (Linear) is called 2 times" in refused(layer, lambda body, x: body(body(x)))

@@ -65,7 +65,13 @@ from lightning_recipes.core.distributed import all_sum, broadcast_, check_strate
 from lightning_recipes.core.errors import RecipeError, check_argument, speaking_for
 from lightning_recipes.core.evaluation import apart, buffers_of_rank_zero
 from lightning_recipes.core.labels import labels_in, training_set
-from lightning_recipes.core.likelihood import LogProb
+from lightning_recipes.core.likelihood import (
+    LogProb,
+    code_lengths,
+    likelihood_sums,
+    mixture_log_prob,
+    mixture_sums,
+)
 from lightning_recipes.core.noise import Deviation, add_noise_
 from lightning_recipes.core.outputs import logits_in, part_of, replace_outputs
 from lightning_recipes.core.predict import Predict, wrap_predictions
@@ -106,66 +112,6 @@ def prior_strength(temperature: float, train_size: int, prior_std: float | None)
 def stationary_variance(lr: float, curvature: float, temperature: float, train_size: int) -> float:
     """Of the chain on a quadratic loss, prior included: (2 eta T / N) / (1 - (1 - eta h)^2)."""
     return 2 * lr * temperature / train_size / (1 - (1 - lr * curvature) ** 2)
-
-
-def mixture_log_prob(log_probs: Tensor) -> Tensor:
-    """log of the mean of probabilities.
-
-    Args:
-        log_probs: ``[M, ...]``, the log-probabilities of M members, normalised.
-
-    Returns:
-        ``[...]``.
-    """
-    return log_probs.logsumexp(0) - math.log(len(log_probs))
-
-
-def mixture_sums(log_probs: Tensor, log_q: Tensor, labels: Tensor | None) -> Tensor:
-    """What a batch adds to the figures of a mixture.
-
-    Args:
-        log_probs: of the members, ``[M, n, classes]``.
-        log_q: of the mixture, ``[n, classes]``.
-        labels: int64 ``[n]``; None where they are not known.
-
-    Returns:
-        fp64 ``[5]``: sums over samples of the mixture's log-loss, of the members' mean log-loss, of the mean of
-        KL(member || mixture); the number of samples with a label, and of all.
-    """
-    apart = (log_probs.exp() * (log_probs - log_q)).nan_to_num(nan=0.0).sum(-1).mean(0).double().sum()
-    n = log_q.new_tensor(len(log_q), dtype=torch.float64)
-    if labels is None:
-        zero = torch.zeros_like(n)
-        return torch.stack([zero, zero, apart, zero, n])
-    at = labels[:, None]
-    mixed = -log_q.gather(1, at).double().sum()
-    mean = -log_probs.gather(2, at.expand(len(log_probs), -1, 1)).mean(0).double().sum()
-    return torch.stack([mixed, mean, apart, n, n])
-
-
-def likelihood_sums(log_probs: Tensor) -> Tensor:
-    """:func:`mixture_sums` where members give log-probabilities of the targets alone; of KL(member || mixture) nothing
-    is known.
-
-    Args:
-        log_probs: of the members, ``[M, n]``.
-    """
-    mixed, mean = -mixture_log_prob(log_probs).double().sum(), -log_probs.mean(0).double().sum()
-    n = torch.full_like(mixed, log_probs.shape[1])
-    return torch.stack([mixed, mean, torch.zeros_like(mixed), n, n])
-
-
-def code_lengths(log_probs: Tensor) -> Tensor:
-    """What a batch adds to the code, before it is trained on.
-
-    Args:
-        log_probs: of its targets ``[M, n]``, the last member the weights at hand.
-
-    Returns:
-        fp64 ``[3]``: nats by the mixture, nats by the weights at hand alone, and n.
-    """
-    mixed, last = -mixture_log_prob(log_probs).double().sum(), -log_probs[-1].double().sum()
-    return torch.stack([mixed, last, torch.full_like(mixed, log_probs.shape[1])])
 
 
 def slot(count: int, most: int, *key: int | str) -> int | None:
